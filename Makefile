@@ -1,0 +1,67 @@
+# `make rank` sets everything up and ranks the example; `make test` runs the tests. Everything lives in .venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/uma/*.h) setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help rank test test-fast check lint format types imports sanitize bench build clean doctor
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Plain users need the core only; developers' extras come with the first `make test`.
+$(STAMP): $(BIN)/python $(SOURCES)
+	@echo "installing uma-engine into $(VENV) (compiles csrc/, about a minute)"
+	$(BIN)/pip install --quiet --editable .
+	@$(BIN)/python -c "from uma_kernels import dispatch as d; print('compiled kernels:', d.isa() or 'NOT BUILT, the slow reference back end is in use (install g++ and run again)')"
+	@touch $@
+
+$(VENV)/.dev-installed: $(STAMP) pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	@touch $@
+
+rank: $(STAMP)  ## set up, fetch the default weights, rank the example
+	$(BIN)/uma rank examples/job.md examples/candidates.jsonl --top-n 15
+
+doctor: $(STAMP)  ## what was found on this machine
+	$(BIN)/uma doctor
+
+test: $(VENV)/.dev-installed  ## all tests
+	$(BIN)/python -m pytest -q
+
+test-fast: $(VENV)/.dev-installed  ## tests without weights and slow ones
+	$(BIN)/python -m pytest -q -m 'not slow and not weights'
+
+check: lint types imports test  ## everything that CI asks for
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev-installed  ## let ruff format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev-installed
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev-installed
+	$(BIN)/lint-imports
+
+sanitize: $(VENV)/.dev-installed  ## the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
+	bash tests/sanitize.sh $(BIN)/python
+
+bench: $(VENV)/.dev-installed  ## the first benchmark: ranking against transformers
+	$(BIN)/python -m bench.ranking
+
+build: $(VENV)/.dev-installed  ## sdist and wheel into dist/
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache kernels/uma_kernels/_C*.so

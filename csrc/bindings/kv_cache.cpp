@@ -1,0 +1,7 @@
+#include "bindings/bindings.h"
+
+namespace uma {
+
+void bind_kv_cache(pybind11::module_&) {}
+
+}  // namespace uma

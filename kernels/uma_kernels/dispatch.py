@@ -1,0 +1,138 @@
+"""Which back end an op takes, and why.
+
+Knows the back ends that exist on this machine; does not know what any op computes.
+
+A choice is made by device: CUDA tensors take `triton`, CPU tensors take `cpp` where the extension is compiled, else
+`reference`. `UMA_BACKEND=reference|cpp|triton` or `use_backend(...)` forces one. `UMA_ISA=portable|avx2|avx512` picks the
+instruction set of `cpp`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+BACKENDS = ("reference", "cpp", "triton")
+# Ops and the back ends each has, in the order of preference. An op's folder registers nothing: this table is the registry.
+OPS: dict[str, tuple[str, ...]] = {
+    "linear": ("cpp", "reference"),
+    "lora": ("cpp", "reference"),
+    "attention.tree": ("cpp", "reference"),
+    "attention.paged_decode": ("cpp", "reference"),
+    "norm": ("cpp", "reference"),
+    "rope": ("cpp", "reference"),
+    "activation": ("cpp", "reference"),
+    "kv_cache": ("cpp", "reference"),
+    "label_head": ("cpp", "reference"),
+    "sampling": ("cpp", "reference"),
+}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("uma_backend", default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    op: str
+    backend: str
+    reason: str
+
+
+class BackendUnavailable(RuntimeError):
+    """A back end was forced that this machine or this op does not have."""
+
+
+def _load_extension() -> tuple[ModuleType | None, str]:
+    try:
+        return import_module("uma_kernels._C"), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+C, C_ERROR = _load_extension()
+if C is not None and (_wanted := os.environ.get("UMA_ISA")) and C.isa() != _wanted:
+    raise BackendUnavailable(
+        f"`UMA_ISA` is `{_wanted}` but this machine and build offer {', '.join(C.available_isas())}"
+    )
+
+
+def extension() -> Any:
+    """The compiled extension; raises BackendUnavailable where it is not built."""
+    if C is None:
+        raise BackendUnavailable(f"the compiled extension is not available: {C_ERROR}")
+    return C
+
+
+def forced_backend() -> str | None:
+    name = _forced.get() or os.environ.get("UMA_BACKEND") or None
+    if name is not None and name not in BACKENDS:
+        raise BackendUnavailable(f"back end `{name}` is not one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a back end for the calls made inside, in this thread or task."""
+    token = _forced.set(name)
+    try:
+        forced_backend()
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(op: str, device: str = "cpu") -> Choice:
+    """The back end that `op` takes for tensors on `device`, with the reason in words."""
+    available = OPS[op]
+    forced = forced_backend()
+    if forced is not None:
+        if forced not in available:
+            raise BackendUnavailable(f"`{op}` has no `{forced}` back end; it has {', '.join(available)}")
+        if forced == "cpp":
+            extension()
+        return Choice(op, forced, "forced")
+    if device != "cpu":
+        return Choice(op, "reference", f"no kernel for device `{device}`")
+    if "cpp" in available and C is not None:
+        return Choice(op, "cpp", f"CPU tensors, extension compiled, instruction set {C.isa()}")
+    return Choice(op, "reference", f"extension not available ({C_ERROR})" if C is None else "no compiled kernel")
+
+
+def choose(op: str, device: str = "cpu") -> str:
+    """The name of the back end for `op`; cheap enough to be called for each op call."""
+    if device == "cpu" and C is not None and _forced.get() is None and "UMA_BACKEND" not in os.environ:
+        return OPS[op][0]
+    return explain(op, device).backend
+
+
+def isa() -> str | None:
+    """Instruction set of the `cpp` back end, None where it is not built."""
+    return C.isa() if C is not None else None
+
+
+def description() -> str:
+    """The CPU back end in one word, e.g. `cpp-avx2`: results have the same bits only within one."""
+    backend = choose("linear")
+    return f"{backend}-{isa()}" if backend == "cpp" else backend
+
+
+def num_threads() -> int:
+    """Threads the kernels use when called from this thread: UMA_NUM_THREADS, else the CPUs this process may use."""
+    if C is not None:
+        return int(C.get_num_threads())
+    wanted = os.environ.get("UMA_NUM_THREADS", "")
+    return int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
+
+
+def set_num_threads(n: int) -> None:
+    """Threads for kernels called from the calling thread, torch's own included."""
+    import torch
+
+    torch.set_num_threads(n)
+    if C is not None:
+        C.set_num_threads(n)

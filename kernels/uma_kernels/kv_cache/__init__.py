@@ -1,0 +1,59 @@
+"""Moves of key and value rows between a step and the cache, by slot.
+
+Knows slots; does not know blocks, requests or who may overwrite what.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from uma_kernels.check import check
+from uma_kernels.dispatch import choose
+from uma_kernels.kv_cache import cpp, reference
+
+__all__ = ["copy", "gather", "write"]
+
+
+def write(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """
+    Semantics:  k_cache[slot_mapping[t]] = k[t], likewise v; rows with slot -1 are skipped; no slot occurs twice
+    Shapes:     k, v [T, Hkv, D] . k_cache, v_cache [S, Hkv, D] . slot_mapping [T] int32
+    Numerics:   exact
+    Errors:     ShapeError when shapes do not fit . IndexError when a slot is outside -1 .. S - 1: then nothing is written
+    """
+    check("k_cache", k_cache, (None, None, None))
+    row = tuple(k_cache.shape[1:])
+    check("v_cache", v_cache, tuple(k_cache.shape))
+    check("k", k, (None, *row))
+    check("v", v, tuple(k.shape))
+    check("slot_mapping", slot_mapping, (k.shape[0],), torch.int32)
+    backend = cpp if choose("kv_cache", k.device.type) == "cpp" else reference
+    backend.write(k, v, k_cache, v_cache, slot_mapping)
+
+
+def gather(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """
+    Semantics:  out[m] = cache[slots[m]]
+    Shapes:     cache [S, Hkv, D] . slots [M] int32 -> [M, Hkv, D]
+    Numerics:   exact
+    Errors:     ShapeError when shapes do not fit . IndexError when a slot is outside 0 .. S - 1
+    """
+    check("cache", cache, (None, None, None))
+    check("slots", slots, (None,), torch.int32)
+    out = torch.empty(slots.shape[0], *cache.shape[1:], dtype=cache.dtype, device=cache.device)
+    backend = cpp if choose("kv_cache", cache.device.type) == "cpp" else reference
+    backend.gather(cache, slots, out)
+    return out
+
+
+def copy(k_cache: torch.Tensor, v_cache: torch.Tensor, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
+    """
+    Semantics:  k_cache[dst_slots[m]] = k_cache[src_slots[m]], likewise v; every source is read before any is overwritten
+    Shapes:     k_cache, v_cache [S, Hkv, D] . src_slots, dst_slots [M] int32
+    Numerics:   exact
+    Errors:     ShapeError when shapes do not fit . IndexError when a slot is out of range: then nothing is written
+    """
+    check("dst_slots", dst_slots, tuple(src_slots.shape), torch.int32)
+    write(gather(k_cache, src_slots), gather(v_cache, src_slots), k_cache, v_cache, dst_slots)

@@ -1,0 +1,54 @@
+"""Root-mean-square normalisation, alone and fused with the residual addition before it.
+
+Knows rows and a weight; does not know layers, or architectures that store `weight - 1`: the caller passes the multiplier.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from uma_kernels.check import ShapeError, check, out_like
+from uma_kernels.dispatch import choose
+from uma_kernels.norm import cpp, reference
+
+__all__ = ["add_rms_norm", "rms_norm"]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Semantics:  out = x / sqrt(mean(x^2) + eps) * weight, over the last dimension
+    Shapes:     x, out [..., K] . weight [K]; `out` may be `x`
+    Numerics:   fp32; batch-invariant
+    Errors:     ShapeError when shapes do not fit
+    Source:     arXiv 1910.07467
+    """
+    if x.dim() == 0:
+        raise ShapeError("`x` has no dimension but must have [..., K]")
+    check("x", x, (None,) * x.dim())
+    check("weight", weight, (x.shape[-1],))
+    out = out_like("out", out, tuple(x.shape), x)
+    _backend(x).rms_norm(x, weight, eps, out)
+    return out
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    Semantics:  residual += x, in place; then out = residual / sqrt(mean(residual^2) + eps) * weight
+    Shapes:     x, residual, out [T, K] . weight [K]; `out` may be `x`
+    Numerics:   fp32; batch-invariant, and bitwise the addition followed by rms_norm
+    Errors:     ShapeError when shapes do not fit
+    """
+    check("x", x, (None, None))
+    check("residual", residual, tuple(x.shape))
+    check("weight", weight, (x.shape[1],))
+    out = out_like("out", out, tuple(x.shape), x)
+    _backend(x).add_rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+def _backend(x: torch.Tensor) -> ModuleType:
+    return cpp if choose("norm", x.device.type) == "cpp" else reference

@@ -1,0 +1,18 @@
+"""Rotary position embedding in plain torch: the specification."""
+
+from __future__ import annotations
+
+import torch
+
+
+def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
+    if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) < table.shape[0]):
+        raise IndexError(
+            f"`positions` reaches {int(positions.min())} .. {int(positions.max())} but `table` has {table.shape[0]} rows"
+        )
+    half = q.shape[-1] // 2
+    cos, sin = table[positions][:, None, :].split(half, dim=-1)
+    for x in (q, k):
+        first, second = x[..., :half].clone(), x[..., half:].clone()
+        x[..., :half] = first * cos - second * sin
+        x[..., half:] = second * cos + first * sin

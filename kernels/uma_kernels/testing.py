@@ -1,0 +1,107 @@
+"""How right an op must be: four tolerance classes, poisoned memory, sentinels, and the form of a case table.
+
+Knows how results are compared; does not know any op. No test file holds a literal tolerance.
+
+EXACT       equality: moves, indices, scheduling.
+REDUCTION   max error against fp64 at most twice torch's own error in that dtype, with a floor per dtype.
+RANKING     scores within REDUCTION, order equal wherever two scores differ by more than the floor.
+INVARIANT   bitwise equality between two ways to compute the same row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+__all__ = [
+    "assert_exact",
+    "assert_invariant",
+    "assert_ranking",
+    "assert_reduction",
+    "poisoned_empty",
+    "with_sentinels",
+]
+
+# Smallest error that counts, relative to the largest magnitude of the true result: a few units of the dtype's precision,
+# for cases where torch's own error happens to be zero.
+FLOOR = {torch.float32: 2.0**-20, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+SENTINEL = -7.25e8
+
+
+def assert_exact(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)} is not {list(expected.shape)}"
+    assert torch.equal(actual, expected), f"{(actual != expected).sum().item()} of {actual.numel()} elements differ"
+
+
+def assert_invariant(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Bitwise equality, NaN refused."""
+    assert not torch.isnan(actual).any(), "NaN in a result"
+    assert_exact(actual, expected)
+
+
+def reduction_bound(torch_result: torch.Tensor, true: torch.Tensor, dtype: torch.dtype = torch.float32) -> float:
+    """The largest absolute error REDUCTION allows: twice torch's own, or the floor of the dtype times the magnitude."""
+    if true.numel() == 0:
+        return 0.0
+    own = (torch_result.double() - true.double()).abs().max().item()
+    return max(2.0 * own, FLOOR[dtype] * true.double().abs().max().item())
+
+
+def assert_reduction(
+    actual: torch.Tensor, torch_result: torch.Tensor, true: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> None:
+    """`actual` is as near to the fp64 result `true` as REDUCTION asks, given torch's own result in `dtype`."""
+    assert actual.shape == true.shape, f"shape {list(actual.shape)} is not {list(true.shape)}"
+    if true.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), "a result is not finite"
+    error = (actual.double() - true.double()).abs().max().item()
+    bound = reduction_bound(torch_result, true, dtype)
+    assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
+
+
+def assert_ranking(scores: Sequence[float], true: Sequence[float], floor: float) -> None:
+    """Scores differ by at most `floor`, and two candidates whose true scores differ by more keep their order."""
+    assert len(scores) == len(true)
+    worst = max((abs(a - b) for a, b in zip(scores, true, strict=True)), default=0.0)
+    assert worst <= floor, f"a score differs by {worst:.3e}, more than {floor:.3e}"
+    order = sorted(range(len(true)), key=lambda i: -scores[i])
+    for left, right in zip(order, order[1:], strict=False):
+        assert true[left] >= true[right] - floor, f"candidates {left} and {right} changed places"
+
+
+@contextlib.contextmanager
+def poisoned_empty() -> Iterator[None]:
+    """Inside, `torch.empty`, `empty_like` and `Tensor.new_empty` give NaN (or the largest integer): reads of unwritten memory show."""
+    originals = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return tensor.fill_(float("nan"))
+        return tensor if tensor.dtype is torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+    torch.empty = lambda *a, **k: poison(originals[0](*a, **k))  # type: ignore[assignment]
+    torch.empty_like = lambda *a, **k: poison(originals[1](*a, **k))  # type: ignore[assignment]
+    torch.Tensor.new_empty = lambda *a, **k: poison(originals[2](*a, **k))  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = originals[0], originals[1]  # type: ignore[assignment]
+        torch.Tensor.new_empty = originals[2]  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def with_sentinels(shape: Sequence[int], dtype: torch.dtype = torch.float32, margin: int = 64) -> Iterator[torch.Tensor]:
+    """An output tensor, NaN-filled, between two margins; leaving checks that nobody wrote outside it."""
+    numel = 1
+    for size in shape:
+        numel *= size
+    memory = torch.full((numel + 2 * margin,), SENTINEL, dtype=torch.float32).to(dtype)
+    guard = memory[:margin].clone()
+    inner = memory[margin : margin + numel]
+    inner.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max)
+    yield inner.view(*shape)
+    assert torch.equal(memory[:margin], guard), "memory before the output was written"
+    assert torch.equal(memory[margin + numel :], guard), "memory after the output was written"

@@ -1,0 +1,113 @@
+"""Entry point of the `uma` command: arguments, errors as words, exit codes.
+
+Knows which subcommand is which; does not know what they do. An error meant for a caller is printed without a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from uma_engine._version import __version__
+from uma_engine.errors import UmaError
+
+__all__ = ["main"]
+
+DEFAULT_MODEL = "smollm2-135m"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: 0, 1 (failure), 2 (bad input), 75 (overloaded), 130 (Ctrl-C)."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except UmaError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output left, e.g. `uma rank ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as error:
+        if args.debug:
+            raise
+        _say(f"internal error: {type(error).__name__}: {error}\nhint: run again with `uma --debug ...` for the traceback")
+        return 1
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uma", description="Inference and ranking for talent marketplaces")
+    parser.add_argument("--version", action="version", version=f"uma-engine {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    rank = commands.add_parser("rank", help="rank candidates for a job")
+    rank.add_argument("job", metavar="JOB", help="job post, a text or markdown file, or - for standard input")
+    rank.add_argument("candidates", metavar="CANDIDATES", help="candidates, a JSONL or CSV file, or - for JSONL on standard input")
+    rank.add_argument("--top-n", type=int, metavar="N", help="show the best N only")
+    rank.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    rank.add_argument("--record", metavar="FILE", help="write the decision record, which `uma replay` recomputes")
+    rank.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
+    rank.add_argument("--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)")
+    rank.add_argument("--max-tokens-per-candidate", type=int, metavar="N", help="cut longer candidates to N tokens")
+    rank.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long")
+    _model_options(rank)
+    rank.set_defaults(run=_lazy("rank"))
+
+    generate = commands.add_parser("generate", help="complete a prompt")
+    generate.add_argument("prompt", metavar="PROMPT", help="the text, or - for standard input")
+    generate.add_argument("--max-tokens", type=int, default=64, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--top-k", type=int, default=0, metavar="K")
+    generate.add_argument("--seed", type=int, metavar="N")
+    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    generate.add_argument("--raw", action="store_true", help="use the prompt as it is, without the model's chat template")
+    _model_options(generate)
+    generate.set_defaults(run=_lazy("generate"))
+
+    replay = commands.add_parser("replay", help="recompute a decision record and compare every bit")
+    replay.add_argument("record", metavar="RECORD", help="a file written by `uma rank --record`")
+    _model_options(replay, default_model=None)
+    replay.set_defaults(run=_lazy("replay"))
+
+    models = commands.add_parser("models", help="list the models known by name")
+    models.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    models.add_argument("--fetch", metavar="NAME", help="fetch a model's files into the cache")
+    models.set_defaults(run=_lazy("models"))
+
+    doctor = commands.add_parser("doctor", help="what was found on this machine, and which back end each op takes")
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    doctor.set_defaults(run=_lazy("doctor"))
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser, default_model: str | None = DEFAULT_MODEL) -> None:
+    parser.add_argument("--model", default=default_model, metavar="ID|PATH", help=f"catalog name, hub id or path (default: {default_model or 'the recorded one'})")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)")
+
+
+def _lazy(command: str):  # type: ignore[no-untyped-def]
+    """A runner that imports its command only when it is asked for: `uma --help` stays quick."""
+
+    def run(args: argparse.Namespace) -> int:
+        from importlib import import_module
+
+        return import_module(f"uma_engine.cli.{command}").run(args)
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""What an engine is configured with, and what a model's file says about its shape.
+
+Knows names, defaults and limits; does not know files, tensors or environment variables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from uma_engine.errors import InvalidRequest
+
+__all__ = ["EngineConfig", "ModelConfig", "RopeScaling"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Options of one engine. Names follow vLLM where they exist there."""
+
+    max_num_batched_tokens: int = 1024  # tokens computed in one step, prefill and decode together
+    max_num_seqs: int = 64  # requests running at once (a rank request counts once)
+    max_waiting: int = 4096  # queued requests beyond which `Overloaded` is raised
+    max_model_len: int | None = None  # tokens on a path from the root; None: the model's own limit, at most 8192
+    block_size: int = 16  # tokens in a KV block
+    kv_cache_bytes: int = 512 * 2**20  # size of the paged KV cache
+    max_loras: int = 8  # adapters resident at once
+    max_lora_rank: int = 64
+    num_threads: int | None = None  # None: UMA_NUM_THREADS, else the CPUs this process may use
+    enable_prefix_cache: bool = True
+    precision: str = "exact"  # arithmetic of the linear layers: fp32 activations, fp32 accumulate
+    seed: int = 0  # base of the seeds of requests that bring none
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise InvalidRequest(
+                    f"`{f.name}` is `{value!r}` but must be a non-negative integer", param=f.name
+                )
+        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size", "kv_cache_bytes", "max_lora_rank"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(f"`{name}` is `{getattr(self, name)}` but must be at least 1", param=name)
+        if self.precision != "exact":
+            raise InvalidRequest(f"`precision` is `{self.precision}` but this build offers only `exact`", param="precision")
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. `kind` is `linear` or `llama3` (meaning of the fields as in the Llama 3.1 configuration)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape of a decoder-only model, whatever file it came from.
+
+    `architecture` is one of llama, mistral, qwen2, qwen3, gemma3. `layer_types[i]` is "full" or "sliding".
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = None  # gemma3: the theta of sliding layers
+    sliding_window: int | None = None  # tokens a sliding layer sees, the current one included
+    layer_types: tuple[str, ...] = ()
+    attention_bias: bool = False  # biases on q, k and v
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    query_scale: float | None = None  # multiplies q.k; None: head_dim ** -0.5
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    extra: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def window_of(self, layer: int) -> int | None:
+        """The sliding window of a layer in tokens, None where the layer sees everything."""
+        if self.sliding_window is None:
+            return None
+        if self.layer_types:
+            return self.sliding_window if self.layer_types[layer] == "sliding" else None
+        return self.sliding_window

@@ -1,0 +1,280 @@
+"""The nouns that every layer shares: candidates, sampling, requests as trees of segments, and the record of one step.
+
+Knows token ids and counters; does not know text templates, tensors or who schedules what. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from uma_engine.errors import InvalidRequest
+
+__all__ = [
+    "AdapterRef",
+    "Candidate",
+    "FinishReason",
+    "Request",
+    "RequestKind",
+    "SamplingParams",
+    "ScheduledChunk",
+    "SchedulerOutput",
+    "Segment",
+    "StepResult",
+]
+
+NO_PARENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One person or proposal to be ranked.
+
+    `facts` are typed values (numbers, strings, booleans, None) kept beside the text.
+    """
+
+    id: str
+    text: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.id, str) or not isinstance(self.text, str):
+            raise InvalidRequest(
+                f"a candidate has `id` of type `{type(self.id).__name__}` and `text` of type"
+                f" `{type(self.text).__name__}`",
+                hint="both must be strings",
+            )
+        for key, value in self.facts.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InvalidRequest(
+                    f"fact `{key}` of candidate `{self.id}` is `{value}`",
+                    hint="facts must be finite; leave out what is not known, or pass None",
+                    param=key,
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen.
+
+    `temperature=0` is greedy; `top_k=0`, `top_p=1` and penalties at their neutral value are off.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        checks = (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and not negative"),
+            ("top_k", self.top_k >= 0, "0 (off) or positive"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and positive"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+        )
+        for name, good, rule in checks:
+            if not good:
+                raise InvalidRequest(f"`{name}` is `{getattr(self, name)}` but must be {rule}", param=name)
+
+
+class RequestKind(Enum):
+    SCORE = "score"  # prefill only: label logits at the end of every segment with `scored`
+    GENERATE = "generate"  # one segment that grows by one sampled token a step
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    SCORED = "scored"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """A loaded adapter as the lower layers see it: its content and its place, never its name."""
+
+    digest: bytes  # of the adapter's weights and configuration
+    slot: int  # resident position, the value in `token_lora_mapping`
+
+
+class Segment:
+    """A run of token ids in a request tree. A token sees its ancestors' tokens and, causally, its own segment.
+
+    `parent` is the index of another segment of the same request, smaller than its own, or -1. A `scored` segment ends
+    in label logits. `children_left` counts the direct children that are not finished: at 0 nobody will read the
+    segment's KV again. `block_ids` is filled by the scheduler and stays empty while the segment is `transient`: then
+    its keys and values live for one layer of one step only.
+    """
+
+    __slots__ = (
+        "block_ids",
+        "cached_keys",
+        "children_left",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "parent",
+        "path_offset",
+        "scored",
+        "token_ids",
+        "transient",
+    )
+
+    def __init__(self, token_ids: list[int], parent: int = NO_PARENT, scored: bool = False) -> None:
+        self.token_ids = token_ids
+        self.parent = parent
+        self.scored = scored
+        self.path_offset = 0  # position of the first token; set by Request
+        self.children_left = 0  # set by Request, lowered by the scheduler
+        self.num_computed_tokens = 0  # set by the scheduler
+        self.num_cached_tokens = 0  # of these, how many came from the prefix cache
+        self.block_ids: list[int] = []
+        self.cached_keys: list[bytes] = []  # chain keys of the blocks, in order; set by the scheduler
+        self.transient = False
+
+    @property
+    def done(self) -> bool:
+        return self.num_computed_tokens >= len(self.token_ids)
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+class Request:
+    """One unit of work in the engine: a tree of segments, scored or grown.
+
+    A SCORE request finishes when every scored segment has its logits, a GENERATE request (exactly one segment) when
+    its output ends. `cache_root` starts the hash chain of the prefix cache: a digest over base, adapter content and
+    tenant. `deadline` is in the scheduler's clock, seconds.
+    """
+
+    __slots__ = (
+        "adapter",
+        "arrival",
+        "cache_root",
+        "deadline",
+        "kind",
+        "label_token_ids",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "output_token_ids",
+        "request_id",
+        "sampling",
+        "scheduler_state",
+        "scores_left",
+        "segments",
+        "stop_token_ids",
+        "user_data",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        kind: RequestKind,
+        segments: list[Segment],
+        *,
+        cache_root: bytes = b"",
+        adapter: AdapterRef | None = None,
+        label_token_ids: tuple[int, ...] = (),
+        sampling: SamplingParams | None = None,
+        stop_token_ids: frozenset[int] = frozenset(),
+        deadline: float | None = None,
+        user_data: Any = None,
+    ) -> None:
+        if not segments:
+            raise InvalidRequest("a request has no segments")
+        for index, segment in enumerate(segments):
+            segment.children_left = 0  # children come later, so nothing is lost
+            if not segment.token_ids:
+                raise InvalidRequest(f"segment {index} has no tokens")
+            if not NO_PARENT <= segment.parent < index:
+                raise InvalidRequest(f"segment {index} names parent {segment.parent}, which does not come before it")
+            if segment.parent != NO_PARENT:
+                parent = segments[segment.parent]
+                parent.children_left += 1
+                segment.path_offset = parent.path_offset + len(parent.token_ids)
+        if kind is RequestKind.GENERATE and (len(segments) != 1 or sampling is None):
+            raise InvalidRequest("a generate request has exactly one segment and sampling parameters")
+        if kind is RequestKind.SCORE and (not label_token_ids or not any(s.scored for s in segments)):
+            raise InvalidRequest("a score request has labels and at least one scored segment")
+        self.request_id = request_id
+        self.kind = kind
+        self.segments = segments
+        self.cache_root = cache_root
+        self.adapter = adapter
+        self.label_token_ids = label_token_ids
+        self.sampling = sampling
+        self.stop_token_ids = stop_token_ids  # end-of-sequence ids included, unless ignored
+        self.deadline = deadline
+        self.user_data = user_data
+        self.arrival = 0.0  # set by the scheduler
+        self.num_prompt_tokens = sum(len(s.token_ids) for s in segments)
+        self.num_computed_tokens = 0  # tokens run for it, again after a preemption included; set by the scheduler
+        self.num_cached_tokens = 0  # tokens taken from the prefix cache instead; set by the scheduler
+        self.num_preemptions = 0
+        self.output_token_ids: list[int] = []  # also appended to segments[0].token_ids, which the KV cache follows
+        self.scores_left = sum(s.scored for s in segments)
+        self.scheduler_state: Any = None  # the scheduler's own
+
+
+@dataclass(slots=True)
+class ScheduledChunk:
+    """Tokens [start, start + num_tokens) of one segment, computed in this step.
+
+    `wants_output`: the chunk ends the segment and its last row is needed: label logits (scored) or a sampled token.
+    """
+
+    request: Request
+    segment_index: int
+    start: int
+    num_tokens: int
+    wants_output: bool
+
+    @property
+    def segment(self) -> Segment:
+        return self.request.segments[self.segment_index]
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step's work. A chunk comes after the chunks of its ancestors that share the step; a segment has one at most.
+
+    A `transient` segment is always scheduled whole in a single chunk; its ancestors are computed, or in this step.
+    `num_tokens` stays within `max_num_batched_tokens`, unless a single transient segment and the step's decode tokens
+    exceed it together: the excess is then at most the number of those decode tokens, so below `max_num_seqs`.
+    """
+
+    chunks: list[ScheduledChunk]
+    num_tokens: int
+    # ended since the last report, outside of a step: cancelled, stopped by the engine, past its deadline
+    finished: list[tuple[Request, FinishReason]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What the runner computed, one entry per chunk with `wants_output`, in chunk order: label logits or a token id."""
+
+    outputs: list[list[float] | int]

@@ -1,0 +1,5 @@
+"""The step loop: schedule, run, update; requests in as token ids, logits and tokens out."""
+
+from uma_engine.engine.loop import EngineLoop, Sink
+
+__all__ = ["EngineLoop", "Sink"]

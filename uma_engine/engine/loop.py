@@ -1,0 +1,231 @@
+"""The thread that owns the scheduler and the runner: schedule -> run -> update, for as long as there is work.
+
+Knows requests, sinks and threads; does not know text, templates or tensors. Every request that `submit` accepts ends in
+exactly one `on_finished`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from uma_engine.core import FinishReason, Request, SchedulerOutput, StepResult
+from uma_engine.errors import (
+    DeadlineExceeded,
+    EngineUnavailable,
+    InvariantViolation,
+    Overloaded,
+    RequestCancelled,
+    UmaError,
+)
+from uma_engine.scheduler import Finished, Scheduler, ScoreReady, TokenReady
+
+__all__ = ["EngineLoop", "Sink"]
+
+logger = logging.getLogger("uma_engine.engine")
+
+
+class Sink(Protocol):
+    """Where a request's results go. Called on the loop's thread between steps: be quick, never block."""
+
+    def on_scores(self, segment_index: int, logits: list[float]) -> None: ...
+
+    def on_token(self, token_id: int) -> bool:
+        """Take a generated token; True ends the request there (a stop string was met)."""
+        ...
+
+    def on_finished(self, reason: FinishReason, error: UmaError | None) -> None: ...
+
+
+class Runner(Protocol):
+    def run(self, output: SchedulerOutput) -> StepResult: ...
+
+
+class EngineLoop:
+    """Runs one scheduler over one runner on a thread of its own.
+
+    `on_thread_start` runs first on that thread (it sets the kernels' thread count). All methods are safe from any thread.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        max_waiting: int,
+        on_thread_start: Callable[[], None] | None = None,
+        name: str = "uma-engine",
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._max_waiting = max_waiting
+        self._on_thread_start = on_thread_start
+        self._commands: deque[Callable[[], None]] = deque()
+        self._pending_adds = 0
+        self._wake = threading.Condition()
+        self._sinks: dict[str, Sink] = {}  # the loop thread's own
+        self._closing = False
+        self._dead: BaseException | None = None
+        self.num_steps = 0
+        self.step_seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request. Raises Overloaded or EngineUnavailable at once; every later end comes through the sink."""
+        with self._wake:
+            self._check_alive()
+            queued = self._pending_adds + self._scheduler.num_waiting
+            if queued >= self._max_waiting:
+                raise Overloaded(
+                    f"{queued} requests are waiting and `max_waiting` is {self._max_waiting}",
+                    hint="retry later, or start the engine with a larger `max_waiting`",
+                )
+            self._pending_adds += 1
+            self._commands.append(lambda: self._add(request, sink))
+            self._wake.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Give a request up: what it holds is free within one step. Unknown or finished ids are ignored."""
+        self._command(lambda: self._scheduler.cancel(request_id))
+
+    def call(self, fn: Callable[[Scheduler], object]) -> None:
+        """Run `fn(scheduler)` on the loop's thread between two steps and wait for it; exceptions come back to the caller."""
+        done = threading.Event()
+        failure: list[BaseException] = []
+
+        def command() -> None:
+            try:
+                fn(self._scheduler)
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                done.set()
+
+        self._command(command)
+        while not done.wait(0.2):
+            if not self._thread.is_alive():
+                raise EngineUnavailable("the engine stopped while a call was waiting")
+        if failure:
+            raise failure[0]
+
+    def close(self) -> None:
+        """Stop after the step in progress; requests still in it end with EngineUnavailable. Idempotent."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing or self._dead is not None
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineUnavailable(f"the engine stopped: {self._dead}", hint="create a new engine")
+        if self._closing:
+            raise EngineUnavailable("the engine is closed", hint="create a new engine")
+
+    def _command(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._check_alive()
+            self._commands.append(command)
+            self._wake.notify()
+
+    # -- the loop's thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._on_thread_start is not None:
+                self._on_thread_start()
+            while True:
+                with self._wake:
+                    while not (self._commands or self._closing or self._scheduler.has_unfinished()):
+                        self._wake.wait()
+                    commands = list(self._commands)
+                    self._commands.clear()
+                for command in commands:
+                    command()
+                if self._closing:
+                    break
+                if self._scheduler.has_unfinished():
+                    self._step()
+        except BaseException as error:  # a fault of ours: nobody may hang because of it
+            logger.exception("the engine's step loop failed")
+            self._dead = error
+        finally:
+            self._end_all()
+
+    def _add(self, request: Request, sink: Sink) -> None:
+        self._pending_adds -= 1
+        if self._closing:
+            sink.on_finished(FinishReason.ERROR, EngineUnavailable("the engine is closed"))
+            return
+        try:
+            self._scheduler.add_request(request)
+        except UmaError as error:
+            sink.on_finished(FinishReason.ERROR, error)
+            return
+        self._sinks[request.request_id] = sink
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        output = self._scheduler.schedule()
+        for request, reason in output.finished:
+            self._finish(request.request_id, reason)
+        if not output.chunks:
+            return
+        try:
+            result = self._runner.run(output)
+        except Exception as error:
+            logger.exception("a step failed")
+            failure = error if isinstance(error, UmaError) else InvariantViolation(f"a step failed: {error!r}")
+            for finished in self._scheduler.abort_step(output, failure):
+                self._finish(finished.request.request_id, finished.reason, failure)
+            return
+        for event in self._scheduler.update(output, result):
+            self._deliver(event)
+        self.num_steps += 1
+        self.step_seconds += time.perf_counter() - started
+
+    def _deliver(self, event: ScoreReady | TokenReady | Finished) -> None:
+        request_id = event.request.request_id
+        sink = self._sinks.get(request_id)
+        if sink is None:
+            return
+        if isinstance(event, ScoreReady):
+            sink.on_scores(event.segment_index, event.logits)
+        elif isinstance(event, TokenReady):
+            if sink.on_token(event.token_id) and event.finish_reason is None:
+                self._scheduler.finish(request_id, FinishReason.STOP)
+                self._finish(request_id, FinishReason.STOP)
+        else:
+            self._finish(request_id, event.reason)
+
+    def _finish(self, request_id: str, reason: FinishReason, error: UmaError | None = None) -> None:
+        sink = self._sinks.pop(request_id, None)
+        if sink is None:
+            return
+        if error is None and reason is FinishReason.CANCELLED:
+            error = RequestCancelled("the request was cancelled")
+        elif error is None and reason is FinishReason.DEADLINE:
+            error = DeadlineExceeded(
+                "the request's deadline passed before it finished", hint="raise `deadline`, or send fewer candidates"
+            )
+        sink.on_finished(reason, error)
+
+    def _end_all(self) -> None:
+        with self._wake:
+            self._closing = True
+            commands = list(self._commands)
+            self._commands.clear()
+        for command in commands:  # additions end in `on_finished` here; waiting callers are let go
+            command()
+        cause = f"the engine stopped: {self._dead}" if self._dead is not None else "the engine was closed"
+        for request_id in list(self._sinks):
+            self._finish(request_id, FinishReason.ERROR, EngineUnavailable(cause))

@@ -1,0 +1,45 @@
+"""Which class runs which architecture, and how a model comes out of its weights.
+
+Knows the names of the architectures; does not know files or the catalog.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from uma_engine.errors import UnsupportedModel
+from uma_engine.models.decoder import DecoderModel
+from uma_engine.models.gemma3 import Gemma3
+from uma_engine.models.llama import Llama
+from uma_engine.models.mistral import Mistral
+from uma_engine.models.qwen2 import Qwen2
+from uma_engine.models.qwen3 import Qwen3
+from uma_engine.models.weights import Progress, WeightReader, WeightSource
+
+__all__ = ["ARCHITECTURES", "load_model"]
+
+ARCHITECTURES: dict[str, type[DecoderModel]] = {
+    "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "gemma3": Gemma3,
+}
+
+
+@torch.inference_mode()
+def load_model(source: WeightSource, *, max_positions: int, progress: Progress | None = None) -> DecoderModel:
+    """Build the model that `source` describes, packing its tensors one at a time.
+
+    `max_positions` bounds the positions it will be asked for; `progress(done, total)` counts tensors.
+
+    Errors:  UnsupportedModel for an unknown architecture or a tensor the architecture does not use; CorruptFile for a
+             missing tensor or a wrong shape
+    """
+    config = source.config
+    found = ARCHITECTURES.get(config.architecture)
+    if found is None:
+        raise UnsupportedModel(
+            f"the architecture `{config.architecture}` is not supported", hint=f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    return found(config, WeightReader(source, progress), max_positions)

@@ -1,0 +1,120 @@
+"""Runs the model once a step: KV tensors, the forward pass, label logits and sampled tokens.
+
+Knows tensors of one step; does not know queues, text or threads. One thread calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from uma_kernels.lora import PackedLora
+from uma_kernels.sampling import SamplingBatch, sample
+
+from uma_engine.config import EngineConfig, ModelConfig
+from uma_engine.core import RequestKind, SamplingParams, ScheduledChunk, SchedulerOutput, StepResult
+from uma_engine.errors import InvariantViolation
+from uma_engine.layers.batch_input import BatchInput, KVCacheTensors
+from uma_engine.runner.prepare import prepare
+
+__all__ = ["ModelRunner"]
+
+
+class Model(Protocol):
+    """What the runner asks of a model; `models/` provides it."""
+
+    config: ModelConfig
+
+    def forward(self, batch: BatchInput, kv: KVCacheTensors, adapters: AdapterSites | None) -> torch.Tensor: ...
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
+    def label_logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor: ...
+
+
+class AdapterSites(Protocol):
+    def sites_of(self, site: str) -> Sequence[PackedLora | None]: ...
+
+
+class ModelRunner:
+    """Owns the KV tensors of one base and turns scheduled chunks into label logits and tokens."""
+
+    def __init__(self, model: Model, config: EngineConfig, num_blocks: int, adapters: AdapterSites) -> None:
+        self._model = model
+        self._config = config
+        self._adapters = adapters
+        c = model.config
+        shape = (num_blocks * config.block_size, c.num_kv_heads, c.head_dim)
+        # Untouched pages of a fresh allocation cost no memory: the cache grows as it is used.
+        self._kv = KVCacheTensors(
+            k=[torch.empty(shape, dtype=torch.float32) for _ in range(c.num_layers)],
+            v=[torch.empty(shape, dtype=torch.float32) for _ in range(c.num_layers)],
+        )
+
+    @torch.inference_mode()
+    def run(self, output: SchedulerOutput) -> StepResult:
+        """Compute one step. Raises InvariantViolation when a logit is not finite."""
+        step = prepare(output, block_size=self._config.block_size, max_loras=self._config.max_loras)
+        adapters = self._adapters if step.batch.lora_routing is not None else None
+        hidden = self._model.forward(step.batch, self._kv, adapters)  # [R, hidden], rows of output_chunks
+        results: list[list[float] | int] = [0] * len(step.output_chunks)
+        score_rows: dict[tuple[int, ...], list[int]] = {}
+        generate_rows: list[int] = []
+        for row, chunk in enumerate(step.output_chunks):
+            if chunk.request.kind is RequestKind.SCORE:
+                score_rows.setdefault(chunk.request.label_token_ids, []).append(row)
+            else:
+                generate_rows.append(row)
+        for labels, rows in score_rows.items():
+            wanted = hidden if len(rows) == len(hidden) else hidden[rows]
+            logits = self._model.label_logits(wanted, torch.tensor(labels, dtype=torch.int64))
+            self._check_finite(logits)
+            for row, values in zip(rows, logits.tolist(), strict=True):
+                results[row] = values
+        if generate_rows:
+            wanted = hidden if len(generate_rows) == len(hidden) else hidden[generate_rows]
+            logits = self._model.logits(wanted)
+            self._check_finite(logits)
+            tokens = self._sample(logits, [step.output_chunks[row] for row in generate_rows])
+            for row, token in zip(generate_rows, tokens, strict=True):
+                results[row] = token
+        return StepResult(results)
+
+    @staticmethod
+    def _check_finite(logits: torch.Tensor) -> None:
+        if not torch.isfinite(logits).all():
+            raise InvariantViolation("a logit is not finite", hint="the weights or an adapter overflow in fp32")
+
+    def _sample(self, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[int]:
+        params: list[SamplingParams] = [_sampling_of(chunk) for chunk in chunks]
+        f32, i32, i64 = torch.float32, torch.int32, torch.int64
+        batch = SamplingBatch(
+            temperature=torch.tensor([p.temperature for p in params], dtype=f32),
+            top_k=torch.tensor([p.top_k for p in params], dtype=i32),
+            top_p=torch.tensor([p.top_p for p in params], dtype=f32),
+            min_p=torch.tensor([p.min_p for p in params], dtype=f32),
+            repetition_penalty=torch.tensor([p.repetition_penalty for p in params], dtype=f32),
+            presence_penalty=torch.tensor([p.presence_penalty for p in params], dtype=f32),
+            frequency_penalty=torch.tensor([p.frequency_penalty for p in params], dtype=f32),
+            seeds=torch.tensor([p.seed or 0 for p in params], dtype=i64),
+            steps=torch.tensor([len(chunk.request.output_token_ids) for chunk in chunks], dtype=i64),
+        )
+        counts = [_token_counts(chunk) if _penalised(p) else None for p, chunk in zip(params, chunks, strict=True)]
+        return sample(logits, batch, counts, None).tolist()
+
+
+def _sampling_of(chunk: ScheduledChunk) -> SamplingParams:
+    params = chunk.request.sampling
+    assert params is not None  # a GENERATE request always has them: Request checks it
+    return params
+
+
+def _penalised(p: SamplingParams) -> bool:
+    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
+def _token_counts(chunk: ScheduledChunk) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids seen so far with how often each was *generated*: a prompt's token counts 0, which only the repetition penalty minds."""
+    counts = dict.fromkeys(chunk.segment.token_ids, 0)
+    for token in chunk.request.output_token_ids:
+        counts[token] += 1
+    return torch.tensor(list(counts), dtype=torch.int64), torch.tensor(list(counts.values()), dtype=torch.int32)

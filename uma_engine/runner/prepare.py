@@ -1,0 +1,154 @@
+"""From a SchedulerOutput to the tensors of one step.
+
+Knows segments, blocks and slots; does not know weights, schedulers' reasons or what the outputs are for.
+
+A token's key lives at `block_id * block_size + offset` when its segment holds blocks, and is named by its row of this
+step (-row - 1) while its segment is transient. Ancestors always hold blocks: their keys are in the cache before any
+layer's attention runs, also when they are computed in the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from uma_kernels.attention import AttentionBatch
+from uma_kernels.lora import LoraRouting
+
+from uma_engine.core import NO_PARENT, Request, RequestKind, ScheduledChunk, SchedulerOutput
+from uma_engine.layers.batch_input import BatchInput, DecodeBatch
+
+__all__ = ["PreparedStep", "prepare"]
+
+
+@dataclass(slots=True)
+class PreparedStep:
+    """The model's input and the chunks whose output is wanted, in the order of `batch.output_rows`."""
+
+    batch: BatchInput
+    output_chunks: list[ScheduledChunk]
+
+
+def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> PreparedStep:
+    """Build the flat batch of one step.
+
+    Decode rows come first (the scheduler puts them there); every other chunk attends through its path of slots.
+    """
+    chunks = output.chunks
+    num_decodes = _leading_decodes(chunks)
+    num_tokens = sum(chunk.num_tokens for chunk in chunks)
+    input_ids = np.empty(num_tokens, np.int64)
+    positions = np.empty(num_tokens, np.int64)
+    slot_mapping = np.empty(num_tokens, np.int32)
+    lora_slots = np.full(num_tokens, -1, np.int32)
+    paths = _Paths(block_size)
+    contexts: list[np.ndarray] = []  # of the chunks that go through tree attention
+    last_contexts: list[np.ndarray] = []  # of the output rows, for the last layer
+    output_rows: list[int] = []
+    output_chunks: list[ScheduledChunk] = []
+    row = 0
+    for index, chunk in enumerate(chunks):
+        segment, n = chunk.segment, chunk.num_tokens
+        end, rows = chunk.start + n, slice(row, row + n)
+        input_ids[rows] = segment.token_ids[chunk.start : end]
+        first_position = segment.path_offset + chunk.start
+        positions[rows] = np.arange(first_position, first_position + n)
+        if chunk.request.adapter is not None:
+            lora_slots[rows] = chunk.request.adapter.slot
+        ancestors = paths.ancestors(chunk.request, chunk.segment_index)
+        if segment.transient:
+            own = -1 - np.arange(row, row + n, dtype=np.int32)
+            slot_mapping[rows] = -1
+        else:
+            own = paths.slots_of(segment.block_ids, end)
+            slot_mapping[rows] = own[chunk.start :]
+        context = np.concatenate((ancestors, own)) if len(ancestors) else own
+        if index >= num_decodes:
+            contexts.append(context)
+        if chunk.wants_output:
+            output_rows.append(row + n - 1)
+            output_chunks.append(chunk)
+            last_contexts.append(context)
+        row += n
+
+    decode = None
+    if num_decodes:
+        tables = [chunk.segment.block_ids for chunk in chunks[:num_decodes]]
+        width = max(len(t) for t in tables)
+        block_table = np.zeros((num_decodes, width), np.int32)
+        for i, table in enumerate(tables):
+            block_table[i, : len(table)] = table
+        lens = np.array([chunk.start + 1 for chunk in chunks[:num_decodes]], np.int32)
+        decode = DecodeBatch(torch.from_numpy(block_table), torch.from_numpy(lens), block_size)
+    query_lens = [chunk.num_tokens for chunk in chunks[num_decodes:]]
+    routing = LoraRouting.build(torch.from_numpy(lora_slots), max_loras) if (lora_slots >= 0).any() else None
+    batch = BatchInput(
+        input_ids=torch.from_numpy(input_ids),
+        positions=torch.from_numpy(positions),
+        attention=_attention_batch(query_lens, contexts),
+        slot_mapping=torch.from_numpy(slot_mapping),
+        decode=decode,
+        lora_routing=routing,
+        output_rows=torch.tensor(output_rows, dtype=torch.int64),
+        last_attention=_attention_batch([1] * len(last_contexts), last_contexts),
+        output_lora_routing=_output_routing(lora_slots, output_rows, max_loras) if routing is not None else None,
+    )
+    return PreparedStep(batch, output_chunks)
+
+
+def _leading_decodes(chunks: Sequence[ScheduledChunk]) -> int:
+    count = 0
+    for chunk in chunks:
+        if chunk.request.kind is not RequestKind.GENERATE or chunk.num_tokens != 1 or not chunk.wants_output:
+            break
+        count += 1
+    return count
+
+
+def _output_routing(lora_slots: np.ndarray, output_rows: list[int], max_loras: int) -> LoraRouting:
+    return LoraRouting.build(torch.from_numpy(lora_slots[output_rows]), max_loras)
+
+
+def _attention_batch(query_lens: list[int], contexts: list[np.ndarray]) -> AttentionBatch:
+    slots = np.concatenate(contexts) if contexts else np.empty(0, np.int32)
+    return AttentionBatch(
+        cu_seqlens_q=torch.from_numpy(_offsets(query_lens)),
+        context_slots=torch.from_numpy(slots),
+        cu_seqlens_k=torch.from_numpy(_offsets([len(c) for c in contexts])),
+    )
+
+
+def _offsets(lengths: list[int]) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+class _Paths:
+    """Slots of whole paths, each path computed once a step however many leaves hang on it."""
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._offsets = np.arange(block_size, dtype=np.int32)
+        self._known: dict[tuple[int, int], np.ndarray] = {}
+        self._none = np.empty(0, np.int32)
+
+    def slots_of(self, block_ids: list[int], num_tokens: int) -> np.ndarray:
+        blocks = np.asarray(block_ids, np.int32)[: -(-num_tokens // self._block_size)]
+        return (blocks[:, None] * self._block_size + self._offsets).reshape(-1)[:num_tokens]
+
+    def ancestors(self, request: Request, segment_index: int) -> np.ndarray:
+        """Slots of every token above the segment, in path order."""
+        parent = request.segments[segment_index].parent
+        if parent == NO_PARENT:
+            return self._none
+        key = (id(request), parent)
+        found = self._known.get(key)
+        if found is None:
+            segment = request.segments[parent]
+            own = self.slots_of(segment.block_ids, len(segment.token_ids))
+            above = self.ancestors(request, parent)
+            found = self._known[key] = np.concatenate((above, own)) if len(above) else own
+        return found

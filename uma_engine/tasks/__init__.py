@@ -1,0 +1,1 @@
+"""Text in, results out: rank, score, generate, and the public Engine and AsyncEngine."""

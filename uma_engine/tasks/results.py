@@ -1,0 +1,134 @@
+"""What the public calls return.
+
+Knows scores, usage and digests; does not know how they were computed. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from uma_engine.core import FinishReason
+
+__all__ = ["Completion", "CompletionChunk", "Factor", "RankAnswer", "RankResult", "Score", "StackInfo", "Usage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The cost of one call. Tokens a candidate shares with the others count once in `computed_tokens`.
+
+    `prompt_tokens` is what one prompt a candidate would have held in all; of these `computed_tokens` went through the
+    model and `reused_tokens` did not: shared within the call, or taken from the prefix cache (`cached_tokens`).
+    `flops` are those of the linear layers. Times are in seconds; `inference_time` runs from submission to the last score.
+    """
+
+    prompt_tokens: int
+    computed_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    flops: float
+    tokenization_time: float
+    inference_time: float
+
+    @property
+    def reused_tokens(self) -> int:
+        return max(0, self.prompt_tokens + max(0, self.output_tokens - 1) - self.computed_tokens)
+
+    @property
+    def total_time(self) -> float:
+        return self.tokenization_time + self.inference_time
+
+
+@dataclass(frozen=True, slots=True)
+class StackInfo:
+    """Which model answered: names for people, digests for machines."""
+
+    model: str
+    base_digest: str
+    tokenizer_digest: str
+    template_digest: str
+    adapter: str | None
+    adapter_digest: str | None
+    backend: str  # e.g. "cpp-avx2": bits are the same only within one back end
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Label logits and probabilities of one item, in the order of `labels`; probabilities sum to 1 over the labels alone."""
+
+    labels: tuple[str, ...]
+    logits: tuple[float, ...]
+    probabilities: tuple[float, ...]
+
+    @property
+    def value(self) -> float:
+        """Probability of the first label."""
+        return self.probabilities[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One line of the ledger: a value, its weight in the score and what it contributed."""
+
+    name: str
+    value: float
+    weight: float
+    contribution: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankResult:
+    """One candidate's place: `index` is its position in the input, `score` the probability of the first label.
+
+    `truncated_tokens` were cut from the end of the candidate's own text; the score does not know them.
+    """
+
+    index: int
+    id: str
+    score: float
+    logits: tuple[float, ...]
+    truncated_tokens: int
+    ledger: tuple[Factor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankAnswer:
+    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order."""
+
+    results: tuple[RankResult, ...]
+    all_results: tuple[RankResult, ...]
+    usage: Usage
+    stack: StackInfo
+    warnings: tuple[str, ...]
+    record: Mapping[str, Any] = field(repr=False, default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: everything but the decision record."""
+        return {
+            "results": [asdict(r) for r in self.results],
+            "usage": asdict(self.usage) | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
+            "stack": asdict(self.stack),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionChunk:
+    """A piece of streamed text of prompt `index`; the last one carries the finish reason."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """Generated text of one prompt. A matched stop string is not part of `text`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage

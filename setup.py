@@ -47,7 +47,17 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        flags = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wall", "-Wextra"]
+        flags = [
+            "-std=c++17",
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-ffp-contract=fast",
+            "-Wall",
+            "-Wextra",
+        ]
         flags += ["-Wno-psabi", "-Wno-unknown-pragmas"]
         link = ["-pthread"]
         if SANITIZE:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from uma_kernels import dispatch
 from uma_kernels.testing import poisoned_empty
 

@@ -34,14 +34,14 @@ class EngineConfig:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise InvalidRequest(
-                    f"`{f.name}` is `{value!r}` but must be a non-negative integer", param=f.name
-                )
+                raise InvalidRequest(f"`{f.name}` is `{value!r}` but must be a non-negative integer", param=f.name)
         for name in ("max_num_batched_tokens", "max_num_seqs", "block_size", "kv_cache_bytes", "max_lora_rank"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"`{name}` is `{getattr(self, name)}` but must be at least 1", param=name)
         if self.precision != "exact":
-            raise InvalidRequest(f"`precision` is `{self.precision}` but this build offers only `exact`", param="precision")
+            raise InvalidRequest(
+                f"`precision` is `{self.precision}` but this build offers only `exact`", param="precision"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ INVARIANT   bitwise equality between two ways to compute the same row.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -68,7 +69,7 @@ def assert_ranking(scores: Sequence[float], true: Sequence[float], floor: float)
     worst = max((abs(a - b) for a, b in zip(scores, true, strict=True)), default=0.0)
     assert worst <= floor, f"a score differs by {worst:.3e}, more than {floor:.3e}"
     order = sorted(range(len(true)), key=lambda i: -scores[i])
-    for left, right in zip(order, order[1:], strict=False):
+    for left, right in itertools.pairwise(order):
         assert true[left] >= true[right] - floor, f"candidates {left} and {right} changed places"
 
 
@@ -93,7 +94,9 @@ def poisoned_empty() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def with_sentinels(shape: Sequence[int], dtype: torch.dtype = torch.float32, margin: int = 64) -> Iterator[torch.Tensor]:
+def with_sentinels(
+    shape: Sequence[int], dtype: torch.dtype = torch.float32, margin: int = 64
+) -> Iterator[torch.Tensor]:
     """An output tensor, NaN-filled, between two margins; leaving checks that nobody wrote outside it."""
     numel = 1
     for size in shape:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,9 @@ def _read_header(cursor: _Cursor) -> tuple[int, int, int]:
     if version not in (2, 3):
         if version == 1 or version & 0xFFFF == 0:
             kind = "version 1" if version == 1 else "big-endian"
-            raise UnsupportedModel(f"`{cursor.path}` is a {kind} GGUF file", hint="convert it to little-endian version 3")
+            raise UnsupportedModel(
+                f"`{cursor.path}` is a {kind} GGUF file", hint="convert it to little-endian version 3"
+            )
         raise cursor.fail(f"the GGUF version is {version}")
     num_tensors, num_keys = cursor.scalar("<Q", "the tensor count"), cursor.scalar("<Q", "the key count")
     if num_tensors > MAX_TENSORS or num_keys > MAX_KEYS:
@@ -233,6 +236,6 @@ def _storage(cursor: _Cursor, name: str, shape: tuple[int, ...], type_id: int) -
 
 def _refuse_overlap(cursor: _Cursor, tensors: dict[str, TensorInfo]) -> None:
     in_order = sorted(tensors.values(), key=lambda info: info.start)
-    for before, after in zip(in_order, in_order[1:], strict=False):
+    for before, after in pairwise(in_order):
         if before.start + before.num_bytes > after.start:
             raise cursor.fail(f"tensors `{before.name}` and `{after.name}` overlap")

@@ -55,7 +55,7 @@ def _half(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def _nibbles(packed: np.ndarray, group: int) -> np.ndarray:
-    """ggml's order: each run of `group` bytes holds 2 * group elements, all the low nibbles before all the high ones."""
+    """ggml's order: a run of `group` bytes holds 2 * group elements, all the low nibbles before all the high ones."""
     runs = packed.reshape(len(packed), -1, 1, group)
     return np.concatenate((runs & 15, runs >> 4), axis=2).reshape(len(packed), -1)
 

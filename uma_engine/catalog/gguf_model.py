@@ -21,7 +21,16 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 MAX_LAYERS = 1024
 ROPE_FACTORS = "rope_freqs.weight"  # divisors of the rotary frequencies, not a weight: folded into the config
 # Pieces that end a turn or a text, whatever the file names as its one end token.
-END_PIECES = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>", "</s>", "<eos>")
+END_PIECES = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "</s>",
+    "<eos>",
+)
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",

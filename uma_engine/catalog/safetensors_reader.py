@@ -66,9 +66,7 @@ class SafetensorsDirectory:
         for name, shard in promised.items():
             found = self._file_of.get(name)
             if found is None or found[0].name != shard:
-                raise CorruptFile(
-                    f"`{INDEX}` promises tensor `{name}` in `{shard}`, which does not hold it", hint=HINT
-                )
+                raise CorruptFile(f"`{INDEX}` promises tensor `{name}` in `{shard}`, which does not hold it", hint=HINT)
         if promised and (extra := self.shapes.keys() - promised.keys()):
             raise CorruptFile(f"the shards hold `{min(extra)}`, of which `{INDEX}` says nothing", hint=HINT)
 

@@ -7,7 +7,6 @@ layouts.
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +17,16 @@ from tokenizers import Tokenizer as _Library
 from tokenizers.models import BPE
 
 from uma_engine.catalog.gguf import GGUFFile
-from uma_engine.catalog.tokenizer_sources import TokenizerSource, source_from_directory, source_from_gguf
+from uma_engine.catalog.tokenizer_sources import (
+    BYTE_PIECE,
+    SPACE,
+    TokenizerSource,
+    source_from_directory,
+    source_from_gguf,
+)
 from uma_engine.errors import CorruptFile, InvalidRequest
 
 __all__ = ["IncrementalDecoder", "Tokenizer"]
-
-SPACE = "▁"  # how SentencePiece writes a space
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -45,7 +47,8 @@ class Tokenizer:
                 templates alone. Nothing is added on either side. A byte that the vocabulary cannot spell (ASCII
                 control characters in some models) is left out, as the model's own tokenizer leaves it out.
     Attributes: `special_ids` are skipped by `decode`; `control_ids` (these, and markers such as `<tool_call>`) are
-                what text cannot produce; `bos_id`, `eos_id` or None; `vocab_size`: one more than the largest id
+                what text cannot produce; `bos_id`, `eos_id` or None; `adds_bos`: whether the model expects its bos
+                before every text; `vocab_size`: one more than the largest id
     Threads:    all methods may be called from several threads
     """
 
@@ -59,6 +62,7 @@ class Tokenizer:
         self.control_ids = frozenset(source.vocab[piece] for piece in source.control)
         self.bos_id = source.bos_id
         self.eos_id = source.eos_id
+        self.adds_bos = source.adds_bos and source.bos_id is not None
         self.digest = source.digest
         # Text has a tokenizer of its own, in whose vocabulary control tokens do not exist.
         hidden = source.control.keys()
@@ -137,6 +141,10 @@ class Tokenizer:
         """The id of a piece as the vocabulary writes it, control tokens included, or None."""
         return self._vocab.get(piece)
 
+    def piece_of(self, token_id: int | None) -> str:
+        """A token as the vocabulary writes it, empty for None or an unknown id."""
+        return "" if token_id is None else self._pieces.get(token_id, "")
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD.
 
@@ -207,6 +215,6 @@ def _not_text(text: Any) -> InvalidRequest:
     at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
     return InvalidRequest(
         f"the text holds a lone surrogate, `\\u{ord(text[at]):04x}`, at character {at}",
-        hint="decode the input as UTF-8; to repair it: `text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')`",
+        hint="decode the input as UTF-8, or repair it: `text.encode('utf-8', 'replace').decode()`",
         param="text",
     )

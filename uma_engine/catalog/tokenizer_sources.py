@@ -21,7 +21,7 @@ from uma_engine.catalog.fields import Fields
 from uma_engine.catalog.safetensors_reader import read_json
 from uma_engine.errors import CorruptFile, UnsupportedModel
 
-__all__ = ["TokenizerSource", "source_from_directory", "source_from_gguf"]
+__all__ = ["BYTE_PIECE", "SPACE", "TokenizerSource", "source_from_directory", "source_from_gguf"]
 
 SPACE = "▁"  # how SentencePiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # kinds of token in a GGUF file
@@ -33,6 +33,7 @@ GPT2_SPLITS = frozenset({"gpt-2", "gpt2", "default"})
 DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact", "command-r"})
 QWEN_SPLITS = frozenset({"qwen2", "deepseek-r1-qwen"})
 LLAMA3_SPLITS = frozenset({"llama-bpe", "llama3", "llama-v3"})
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 # Markup that SentencePiece models treat as one symbol of the text, unlike markers with an underscore or brackets.
 MARKUP = re.compile(r"</?[a-z]+[1-6]?>")
 
@@ -58,6 +59,7 @@ class TokenizerSource:
     adds_first_space: bool = False
     bos_id: int | None = None
     eos_id: int | None = None
+    adds_bos: bool = False
     model_options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -118,6 +120,7 @@ def source_from_gguf(metadata: Mapping[str, Any], where: str) -> TokenizerSource
         adds_first_space=adds_first_space,
         bos_id=bos[0] if bos else None,
         eos_id=eos[0] if eos else None,
+        adds_bos=fields.flag("add_bos_token", not byte_level),
         model_options=options,
     )
 
@@ -188,7 +191,8 @@ def source_from_directory(directory: Path) -> TokenizerSource:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise UnsupportedModel(
-            f"`{directory}` has no `tokenizer.json`", hint="save the tokenizer again with its fast class in transformers"
+            f"`{directory}` has no `tokenizer.json`",
+            hint="save the tokenizer again with its fast class in transformers",
         )
     document = read_json(path)
     where = f"`{path}`"
@@ -199,16 +203,24 @@ def source_from_directory(directory: Path) -> TokenizerSource:
     byte_level = '"ByteLevel"' in decoder
     if not byte_level:
         _require_all_bytes(vocab, where)
-    control, special, in_text = {}, set(), {}
+    control: dict[str, AddedToken] = {}
+    in_text: dict[str, AddedToken] = {}
+    special: set[str] = set()
     for entry in Fields(document, where).get("added_tokens", []):
         token, token_id, is_special = _added_token(entry, where)
         if vocab.setdefault(token.content, token_id) != token_id:
             raise CorruptFile(f"{where}: the added token `{token.content}` has two ids")
+        if not byte_level and BYTE_PIECE.fullmatch(token.content):
+            continue  # needed to spell rare characters; the model alone may reach it
         if is_special:
             special.add(token.content)
         (in_text if not is_special and _is_text(token.content, byte_level) else control)[token.content] = token
     rules = _rules(document, where)
     config = read_json(config_path) if (config_path := directory / "tokenizer_config.json").is_file() else {}
+    bos_id = _named_token(config, "bos_token", vocab)
+    # Where the configuration is silent, the post-processor says whether the bos comes first.
+    post_processor = json.dumps(document.get("post_processor"), ensure_ascii=False)
+    adds_bos = bos_id is not None and json.dumps(_piece(config.get("bos_token")), ensure_ascii=False) in post_processor
     options = {key: bool(model.get(key, False)) for key in ("ignore_merges", "byte_fallback", "fuse_unk")}
     return TokenizerSource(
         where=where,
@@ -222,8 +234,9 @@ def source_from_directory(directory: Path) -> TokenizerSource:
         pre_tokenizer=rules.pre_tokenizer,
         digest=hashlib.sha256(path.read_bytes()).hexdigest(),
         adds_first_space='"Strip"' in decoder or _metaspace_prepends(document.get("decoder")),
-        bos_id=_named_token(config, "bos_token", vocab),
+        bos_id=bos_id,
         eos_id=_named_token(config, "eos_token", vocab),
+        adds_bos=Fields(config, where).flag("add_bos_token", adds_bos),
         model_options=options,
     )
 
@@ -274,7 +287,10 @@ def _metaspace_prepends(decoder: Any) -> bool:
     return isinstance(decoder, dict) and decoder.get("type") == "Metaspace" and decoder.get("prepend_scheme") != "never"
 
 
+def _piece(value: Any) -> Any:
+    return value.get("content") if isinstance(value, dict) else value
+
+
 def _named_token(config: Mapping[str, Any], key: str, vocab: Mapping[str, int]) -> int | None:
-    value = config.get(key)
-    content = value.get("content") if isinstance(value, dict) else value
+    content = _piece(config.get(key))
     return vocab.get(content) if isinstance(content, str) else None

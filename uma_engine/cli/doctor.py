@@ -9,11 +9,10 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from uma_kernels import dispatch
-
 from uma_engine._version import __version__
 from uma_engine.catalog import cache_dir, list_models
 from uma_engine.cli.console import write_line
+from uma_kernels import dispatch
 
 PACKAGES = ("torch", "numpy", "tokenizers", "safetensors", "triton", "onnxruntime", "huggingface-hub")
 VARIABLES = ("UMA_BACKEND", "UMA_ISA", "UMA_NUM_THREADS", "UMA_CACHE")
@@ -38,7 +37,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(ops)
     if dispatch.C is None:
         console.print(f"! compiled kernels: {dispatch.C_ERROR}", style="yellow")
-        console.print("  hint: install a C++17 compiler (Debian: apt-get install g++) and reinstall uma-engine", style="yellow")
+        console.print(
+            "  hint: install a C++17 compiler (Debian: apt-get install g++) and reinstall uma-engine", style="yellow"
+        )
     return 0
 
 

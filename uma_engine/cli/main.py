@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        _say(f"internal error: {type(error).__name__}: {error}\nhint: run again with `uma --debug ...` for the traceback")
+        _say(
+            f"internal error: {type(error).__name__}: {error}\nhint: run again with `uma --debug ...` for the traceback"
+        )
         return 1
 
 
@@ -53,12 +55,16 @@ def _parser() -> argparse.ArgumentParser:
 
     rank = commands.add_parser("rank", help="rank candidates for a job")
     rank.add_argument("job", metavar="JOB", help="job post, a text or markdown file, or - for standard input")
-    rank.add_argument("candidates", metavar="CANDIDATES", help="candidates, a JSONL or CSV file, or - for JSONL on standard input")
+    rank.add_argument(
+        "candidates", metavar="CANDIDATES", help="candidates, a JSONL or CSV file, or - for JSONL on standard input"
+    )
     rank.add_argument("--top-n", type=int, metavar="N", help="show the best N only")
     rank.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rank.add_argument("--record", metavar="FILE", help="write the decision record, which `uma replay` recomputes")
     rank.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
-    rank.add_argument("--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)")
+    rank.add_argument(
+        "--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)"
+    )
     rank.add_argument("--max-tokens-per-candidate", type=int, metavar="N", help="cut longer candidates to N tokens")
     rank.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long")
     _model_options(rank)
@@ -71,8 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
     generate.add_argument("--top-k", type=int, default=0, metavar="K")
     generate.add_argument("--seed", type=int, metavar="N")
-    generate.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    generate.add_argument("--raw", action="store_true", help="use the prompt as it is, without the model's chat template")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    generate.add_argument(
+        "--raw", action="store_true", help="use the prompt as it is, without the model's chat template"
+    )
     _model_options(generate)
     generate.set_defaults(run=_lazy("generate"))
 
@@ -93,9 +103,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options(parser: argparse.ArgumentParser, default_model: str | None = DEFAULT_MODEL) -> None:
-    parser.add_argument("--model", default=default_model, metavar="ID|PATH", help=f"catalog name, hub id or path (default: {default_model or 'the recorded one'})")
+    parser.add_argument(
+        "--model",
+        default=default_model,
+        metavar="ID|PATH",
+        help=f"catalog name, hub id or path (default: {default_model or 'the recorded one'})",
+    )
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)"
+    )
 
 
 def _lazy(command: str):  # type: ignore[no-untyped-def]

@@ -17,7 +17,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     entries = list_models()
     if args.json:
-        rows = [{"name": e.name, "bytes": e.size, "licence": e.licence, "cached": e.cached, "about": e.about} for e in entries]
+        rows = [
+            {"name": e.name, "bytes": e.size, "licence": e.licence, "cached": e.cached, "about": e.description}
+            for e in entries
+        ]
         write_line(json.dumps(rows, ensure_ascii=False))
         return 0
     from rich.console import Console
@@ -27,6 +30,6 @@ def run(args: argparse.Namespace) -> int:
     for column in ("name", "size", "licence", "cached", "about"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for e in entries:
-        table.add_row(e.name, f"{e.size / 2**20:,.0f} MiB", e.licence, "yes" if e.cached else "no", e.about)
+        table.add_row(e.name, f"{e.size / 2**20:,.0f} MiB", e.licence, "yes" if e.cached else "no", e.description)
     Console().print(table)
     return 0

@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def show(job: str, candidates: Sequence[Candidate], answer: RankAnswer, labels: Sequence[str], load_seconds: float) -> None:
+def show(
+    job: str, candidates: Sequence[Candidate], answer: RankAnswer, labels: Sequence[str], load_seconds: float
+) -> None:
     """Print the table, the warnings and the cost line."""
     from rich.console import Console
     from rich.table import Table
@@ -76,7 +78,11 @@ def show(job: str, candidates: Sequence[Candidate], answer: RankAnswer, labels: 
     console.print(Text(_cost(answer, load_seconds), style="bold"))
     stack = answer.stack
     adapter = f" + {stack.adapter} {stack.adapter_digest[:12]}" if stack.adapter_digest else ""
-    console.print(Text(f"{stack.model} {stack.base_digest[:12]}{adapter}, {stack.backend}, uma-engine {stack.version}", style="dim"))
+    console.print(
+        Text(
+            f"{stack.model} {stack.base_digest[:12]}{adapter}, {stack.backend}, uma-engine {stack.version}", style="dim"
+        )
+    )
 
 
 def _headline(person: Candidate) -> str:

@@ -16,7 +16,9 @@ def run(args: argparse.Namespace) -> int:
     if options["adapter"] and not args.adapter:
         args.adapter = options["adapter_path"]
         if not args.adapter:
-            raise InvalidRequest("the record used an adapter but not from a directory", hint="name it with `--adapter DIR`")
+            raise InvalidRequest(
+                "the record used an adapter but not from a directory", hint="name it with `--adapter DIR`"
+            )
     candidates = [Candidate(c["id"], c["text"], c["facts"]) for c in record["candidates"]]
     with open_engine(args, args.model or record["stack"]["model"]) as (engine, adapter):
         again = engine.rank(

@@ -162,16 +162,15 @@ class EngineLoop:
             self._end_all()
 
     def _add(self, request: Request, sink: Sink) -> None:
-        self._pending_adds -= 1
+        with self._wake:
+            self._pending_adds -= 1
+        self._sinks[request.request_id] = sink
         if self._closing:
-            sink.on_finished(FinishReason.ERROR, EngineUnavailable("the engine is closed"))
-            return
+            return  # ends with the rest
         try:
             self._scheduler.add_request(request)
         except UmaError as error:
-            sink.on_finished(FinishReason.ERROR, error)
-            return
-        self._sinks[request.request_id] = sink
+            self._finish(request.request_id, FinishReason.ERROR, error)
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -198,14 +197,19 @@ class EngineLoop:
         sink = self._sinks.get(request_id)
         if sink is None:
             return
-        if isinstance(event, ScoreReady):
-            sink.on_scores(event.segment_index, event.logits)
-        elif isinstance(event, TokenReady):
-            if sink.on_token(event.token_id) and event.finish_reason is None:
+        if isinstance(event, Finished):
+            self._finish(request_id, event.reason)
+            return
+        try:
+            if isinstance(event, ScoreReady):
+                sink.on_scores(event.segment_index, event.logits)
+            elif sink.on_token(event.token_id) and event.finish_reason is None:
                 self._scheduler.finish(request_id, FinishReason.STOP)
                 self._finish(request_id, FinishReason.STOP)
-        else:
-            self._finish(request_id, event.reason)
+        except Exception as error:  # a caller's listener failed, e.g. its event loop is closed: its request alone ends
+            logger.exception("a listener of request `%s` failed", request_id)
+            self._scheduler.finish(request_id, FinishReason.ERROR)
+            self._finish(request_id, FinishReason.ERROR, InvariantViolation(f"a listener failed: {error!r}"))
 
     def _finish(self, request_id: str, reason: FinishReason, error: UmaError | None = None) -> None:
         sink = self._sinks.pop(request_id, None)
@@ -217,7 +221,10 @@ class EngineLoop:
             error = DeadlineExceeded(
                 "the request's deadline passed before it finished", hint="raise `deadline`, or send fewer candidates"
             )
-        sink.on_finished(reason, error)
+        try:
+            sink.on_finished(reason, error)
+        except Exception:
+            logger.exception("a listener of request `%s` failed at its end", request_id)
 
     def _end_all(self) -> None:
         with self._wake:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from uma_kernels import kv_cache
-from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention
-from uma_kernels.lora import LoraRouting
-from uma_kernels.rope import rope
 
 from uma_engine.layers.batch_input import BatchInput
 from uma_engine.layers.linear import AdapterSites, Linear
 from uma_engine.layers.norm import RMSNorm
+from uma_kernels import kv_cache
+from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention
+from uma_kernels.lora import LoraRouting
+from uma_kernels.rope import rope
 
 __all__ = ["Attention", "AttentionShape"]
 
@@ -114,11 +114,19 @@ class Attention:
             return tree_attention(q, k, v, k_cache, v_cache, batch.attention, s.scale, s.window)
         out, n = torch.empty_like(q), decode.num_rows
         paged_decode(
-            q[:n], k_cache, v_cache, decode.block_table, decode.context_lens, decode.block_size, s.scale, s.window, out[:n]
+            q[:n],
+            k_cache,
+            v_cache,
+            decode.block_table,
+            decode.context_lens,
+            decode.block_size,
+            s.scale,
+            s.window,
+            out[:n],
         )
         if n < q.shape[0]:
             tree_attention(q[n:], k, v, k_cache, v_cache, batch.attention, s.scale, s.window, out[n:])
         return out
 
     def _output(self, out: torch.Tensor, routing: LoraRouting | None, adapters: AdapterSites | None) -> torch.Tensor:
-        return self.o_proj(out.view(out.shape[0], -1), routing, adapters)
+        return self.o_proj(out.view(out.shape[0], self.shape.num_heads * self.shape.head_dim), routing, adapters)

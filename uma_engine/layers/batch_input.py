@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from uma_kernels.attention import AttentionBatch
 from uma_kernels.lora import LoraRouting
 

@@ -6,6 +6,7 @@ Knows the embedding weight, which the logits may share; does not know text.
 from __future__ import annotations
 
 import torch
+
 from uma_kernels.linear import PackedLinear, gather_rows
 
 __all__ = ["Embedding"]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+
 from uma_kernels.linear import PackedLinear, linear
 from uma_kernels.lora import LoraRouting, PackedLora, lora
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from uma_kernels.lora import LoraRouting
 
 from uma_engine.layers.linear import AdapterSites, Linear
+from uma_kernels.lora import LoraRouting
 
 __all__ = ["GatedMLP"]
 

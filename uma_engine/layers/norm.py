@@ -6,6 +6,7 @@ Knows one weight and its epsilon; does not know where in a block it stands.
 from __future__ import annotations
 
 import torch
+
 from uma_kernels.norm import add_rms_norm, rms_norm
 
 __all__ = ["RMSNorm"]

@@ -9,15 +9,15 @@ from __future__ import annotations
 import math
 
 import torch
-from uma_kernels.rope import rotary_table
 
 from uma_engine.config import RopeScaling
+from uma_kernels.rope import rotary_table
 
 __all__ = ["inverse_frequencies", "make_rotary_table"]
 
 
 def make_rotary_table(head_dim: int, theta: float, scaling: RopeScaling | None, max_positions: int) -> torch.Tensor:
-    """[max_positions, head_dim] fp32, cosines then sines. Built once, whole: a row never depends on when it was asked for."""
+    """[max_positions, head_dim] fp32, cosines then sines; built once, whole."""
     return rotary_table(inverse_frequencies(head_dim, theta, scaling), max_positions)
 
 

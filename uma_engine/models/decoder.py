@@ -6,9 +6,6 @@ Knows layers and the shape of a model; does not know files, requests or sampling
 from __future__ import annotations
 
 import torch
-from uma_kernels.activation import swiglu
-from uma_kernels.label_head import label_head
-from uma_kernels.linear import PackedLinear, linear
 
 from uma_engine.config import ModelConfig
 from uma_engine.errors import InvariantViolation
@@ -21,6 +18,9 @@ from uma_engine.layers.mlp import Activation, GatedMLP
 from uma_engine.layers.norm import RMSNorm
 from uma_engine.layers.rotary import make_rotary_table
 from uma_engine.models.weights import WeightReader, WeightSource
+from uma_kernels.activation import swiglu
+from uma_kernels.label_head import label_head
+from uma_kernels.linear import PackedLinear, linear
 
 __all__ = ["DecoderModel", "WeightSource"]
 
@@ -47,7 +47,9 @@ class DecoderModel:
         scale = c.hidden_size**0.5 if self.scaled_embedding else None
         self.embedding = Embedding(weights.linear("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)), scale)
         tables = self._rotary_tables()
-        self.blocks = [self._block(weights, layer, tables[c.window_of(layer) is not None]) for layer in range(c.num_layers)]
+        self.blocks = [
+            self._block(weights, layer, tables[c.window_of(layer) is not None]) for layer in range(c.num_layers)
+        ]
         self.norm = RMSNorm(weights.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
         self.head: PackedLinear = self.embedding.weight
         if not c.tie_word_embeddings:
@@ -119,7 +121,9 @@ class DecoderModel:
                 projection("self_attn.v_proj", hidden, kv_width, c.attention_bias),
                 projection("self_attn.o_proj", q_width, hidden, c.attention_output_bias),
             ),
-            (norm("self_attn.q_norm", c.head_dim), norm("self_attn.k_norm", c.head_dim)) if self.head_norms else (None, None),
+            (norm("self_attn.q_norm", c.head_dim), norm("self_attn.k_norm", c.head_dim))
+            if self.head_norms
+            else (None, None),
             table,
         )
         mlp = GatedMLP(

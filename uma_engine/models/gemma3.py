@@ -5,9 +5,8 @@ Knows what it declares; does not know how it is computed, nor that its texts beg
 
 from __future__ import annotations
 
-from uma_kernels.activation import geglu_tanh
-
 from uma_engine.models.decoder import DecoderModel
+from uma_kernels.activation import geglu_tanh
 
 __all__ = ["Gemma3"]
 

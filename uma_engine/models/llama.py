@@ -1,4 +1,7 @@
-"""Llama, SmolLM2 and their kin: the plain pre-norm decoder. Does not know Llama 3's rotary scaling: the config says it."""
+"""Llama, SmolLM2 and their kin: the plain pre-norm decoder.
+
+Knows nothing beyond its name; does not know Llama 3's rotary scaling: the config says it.
+"""
 
 from __future__ import annotations
 

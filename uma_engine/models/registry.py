@@ -40,6 +40,7 @@ def load_model(source: WeightSource, *, max_positions: int, progress: Progress |
     found = ARCHITECTURES.get(config.architecture)
     if found is None:
         raise UnsupportedModel(
-            f"the architecture `{config.architecture}` is not supported", hint=f"supported are {', '.join(ARCHITECTURES)}"
+            f"the architecture `{config.architecture}` is not supported",
+            hint=f"supported are {', '.join(ARCHITECTURES)}",
         )
     return found(config, WeightReader(source, progress), max_positions)

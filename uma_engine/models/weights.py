@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from uma_kernels.linear import BlockQuantized, PackedLinear, pack
 
 from uma_engine.config import ModelConfig
 from uma_engine.errors import CorruptFile, UnsupportedModel
+from uma_kernels.linear import PackedLinear, pack
+from uma_kernels.linear.formats import BlockQuantized
 
 __all__ = ["Progress", "WeightReader", "WeightSource"]
 

@@ -11,13 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from uma_engine.config import EngineConfig
-from uma_engine.core import (
-    FinishReason,
-    Request,
-    RequestKind,
-    SchedulerOutput,
-    StepResult,
-)
+from uma_engine.core import FinishReason, Request, RequestKind, SchedulerOutput, StepResult
 from uma_engine.errors import InvalidRequest, InvariantViolation, Overloaded
 from uma_engine.kv_cache import BlockPool
 from uma_engine.scheduler.admission import mark_and_check_segments

@@ -7,16 +7,18 @@ every line but the waiting.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import itertools
 import queue
-import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uma_engine._version import __version__
+from uma_engine.catalog.chat_template import FieldPiece, split_template
+from uma_engine.catalog.tokenizer import IncrementalDecoder
 from uma_engine.config import EngineConfig
 from uma_engine.core import (
     AdapterRef,
@@ -34,6 +36,9 @@ from uma_engine.tasks.generate import TextAssembler
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
 from uma_engine.tasks.stack import Progress, Stack
+
+if TYPE_CHECKING:
+    from uma_engine.catalog.tokenizer import Tokenizer
 
 __all__ = ["AsyncEngine", "Engine"]
 
@@ -55,8 +60,10 @@ class _EngineBase:
             raise InvalidRequest(f"unknown engine option: {error}", hint=f"options are {known}") from error
         self._stack = Stack(model, self.config, progress)
         self._ids = itertools.count()
-        self._adapter_names: dict[bytes, str] = {}
-        self._lock = threading.Lock()
+        # A prompt's template is rendered once for each choice of labels.
+        self._rank_prompt = functools.lru_cache(maxsize=32)(
+            lambda labels: ranking.RankPrompt.build(self._stack.tokenizer, self._stack.template, labels)
+        )
 
     # -- adapters and information -----------------------------------------------------------------------------------
 
@@ -66,14 +73,20 @@ class _EngineBase:
 
     def adapters(self) -> list[str]:
         """Names of the loaded adapters, sorted."""
-        return sorted(self._stack.adapters.names())
+        return [info.name for info in self._stack.adapters.loaded()]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text: no special tokens are added, and none can come out of the text itself."""
         return self._stack.tokenizer.encode(_text("text", text, blank=True))
 
     @property
+    def tokenizer(self) -> Tokenizer:
+        """The base's tokenizer."""
+        return self._stack.tokenizer
+
+    @property
     def model(self) -> str:
+        """The name or path that the engine was made with."""
         return self._stack.name
 
     @property
@@ -101,14 +114,23 @@ class _EngineBase:
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
-    def _acquire(self, adapter: str | None, times: int = 1) -> AdapterRef | None:
-        if adapter is None:
-            return None
-        return self._stack.adapters.acquire(adapter, times)
+    def _lease(self, adapter: str | None) -> AdapterRef | None:
+        return None if adapter is None else self._stack.adapters.lease(adapter)
 
     def _release_with(self, ref: AdapterRef | None, sink: ScoreSink | TokenSink) -> None:
         if ref is not None:
             sink.future.add_done_callback(lambda _: self._stack.adapters.release(ref))
+
+    def _ids_of(self, name: str, value: str | Sequence[int]) -> list[int]:
+        """Token ids of a text, or the ids themselves, checked against the vocabulary."""
+        if isinstance(value, str):
+            return self._stack.tokenizer.encode(value)
+        ids = list(value)
+        size = self._stack.model_config.vocab_size
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
+                raise InvalidRequest(f"`{name}` holds `{token!r}` but token ids are integers below {size}", param=name)
+        return ids
 
     def _request_id(self, kind: str) -> str:
         return f"{kind}-{next(self._ids)}"
@@ -117,7 +139,9 @@ class _EngineBase:
         if deadline is None:
             return None
         if not 0 < deadline < float("inf"):
-            raise InvalidRequest(f"`deadline` is `{deadline}` but must be a positive number of seconds", param="deadline")
+            raise InvalidRequest(
+                f"`deadline` is `{deadline}` but must be a positive number of seconds", param="deadline"
+            )
         return time.monotonic() + deadline
 
     def _score_usage(self, request: Request, tokenization_time: float, started: float, model_paths: int) -> Usage:
@@ -157,18 +181,17 @@ class _EngineBase:
         tokenizer = self._stack.tokenizer
         label_token_ids = ranking.label_ids(tokenizer, labels)
         labels = tuple(labels)
-        prompt = ranking.RankPrompt.build(tokenizer, self._stack.template, labels)
+        prompt = self._rank_prompt(labels)
         instruction_ids, job_ids = tokenizer.encode(instruction), tokenizer.encode(query)
         room = prompt.room(instruction_ids, job_ids, self.max_model_len)
         limit = min(room, max_tokens_per_candidate) if max_tokens_per_candidate else room
         encoded = tokenizer.encode_batch([c.text for c in people])
         segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit)
-        paths = sum(s.path_offset + len(s) for s in segments[2:])
         expires = self._deadline(deadline)
-        ref = self._acquire(adapter)
+        ref = self._lease(adapter)
         options = {
             "adapter": adapter,
-            "adapter_path": self._stack.adapters.path_of(adapter) if adapter else None,
+            "adapter_path": self._stack.adapters.path_of(ref) if ref else None,
             "top_n": top_n,
             "instruction": instruction,
             "labels": list(labels),
@@ -195,9 +218,7 @@ class _EngineBase:
                 usage=usage,
                 warnings=warnings,
             )
-            return RankAnswer(
-                ranking.order(everyone, top_n), tuple(everyone), usage, stack, tuple(warnings), record
-            )
+            return RankAnswer(ranking.order(everyone, top_n), tuple(everyone), usage, stack, tuple(warnings), record)
 
         if not people:
             if ref is not None:
@@ -213,22 +234,21 @@ class _EngineBase:
             label_token_ids=label_token_ids,
             deadline=expires,
         )
+        paths = sum(s.path_offset + len(s) for s in segments if s.scored)
         sink = ScoreSink()
         self._release_with(ref, sink)
         call: Call[RankAnswer] = Call(
             self._stack.loop,
             [request],
             [sink],
-            lambda: answer(
-                sink.future.result(), self._score_usage(request, tokenization_time, call.started, paths)
-            ),
+            lambda: answer(sink.future.result(), self._score_usage(request, tokenization_time, call.started, paths)),
         )
         return call
 
     def _score_call(
         self,
-        prefix: str,
-        items: Sequence[str],
+        prefix: str | Sequence[int],
+        items: Sequence[str | Sequence[int]],
         *,
         labels: Sequence[str],
         adapter: str | None,
@@ -241,17 +261,18 @@ class _EngineBase:
         tokenizer = self._stack.tokenizer
         labels = tuple(labels)
         label_token_ids = ranking.label_ids(tokenizer, labels)
-        prefix_ids = tokenizer.encode(_text("prefix", prefix, blank=True))
+        prefix_ids = self._ids_of("prefix", prefix)
         segments = [Segment(prefix_ids)] if prefix_ids else []
         parent = 0 if prefix_ids else -1
-        for index, ids in enumerate(tokenizer.encode_batch([_text(f"items[{i}]", t, blank=True) for i, t in enumerate(items)])):
+        for index, item in enumerate(items):
+            ids = self._ids_of(f"items[{index}]", item)
             if not ids:
                 raise InvalidRequest(f"item {index} is empty", param="items")
             segments.append(Segment(ids, parent=parent, scored=True))
         expires = self._deadline(deadline)
         if not items:
             return Call(self._stack.loop, [], [], list)
-        ref = self._acquire(adapter)
+        ref = self._lease(adapter)
         request = Request(
             self._request_id("score"),
             RequestKind.SCORE,
@@ -276,7 +297,7 @@ class _EngineBase:
         prompts: Sequence[str],
         params: SamplingParams | Sequence[SamplingParams],
         *,
-        adapter: str | None | Sequence[str | None],
+        adapter: str | Sequence[str | None] | None,
         chat: bool,
         deadline: float | None,
         tenant: str,
@@ -296,6 +317,8 @@ class _EngineBase:
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
             prompt = _text(f"prompts[{index}]", prompt)
             ids = self._chat_ids(prompt) if chat else tokenizer.encode(prompt)
+            if tokenizer.adds_bos and not chat:
+                ids = [tokenizer.bos_id, *ids]
             if len(ids) + p.max_tokens > self.max_model_len:
                 raise TooLarge(
                     f"prompt {index} has {len(ids)} tokens and `max_tokens` is {p.max_tokens} but a path may hold {self.max_model_len}",
@@ -314,7 +337,7 @@ class _EngineBase:
         left = itertools.count(n - 1, -1)
         try:
             for name in all_adapters:
-                refs.append(self._acquire(name))
+                refs.append(self._lease(name))
         except UmaError:
             for ref in refs:
                 if ref is not None:
@@ -347,7 +370,7 @@ class _EngineBase:
                 )
             )
             assembler = TextAssembler(
-                tokenizer.incremental_decoder(),
+                IncrementalDecoder(tokenizer),
                 p.stop,
                 lambda text, ids, index=index: emit(CompletionChunk(index, text, ids)),  # type: ignore[misc]
             )
@@ -385,18 +408,17 @@ class _EngineBase:
         )
 
     def _eos_ids(self) -> frozenset[int]:
-        ids = set(self._stack.model_config.eos_token_ids)
-        ids.update(self._stack.tokenizer.eos_ids)
-        return frozenset(ids)
+        eos = self._stack.tokenizer.eos_id
+        return frozenset(self._stack.model_config.eos_token_ids) | (frozenset() if eos is None else {eos})
 
     def _chat_ids(self, prompt: str) -> list[int]:
-        from uma_engine.catalog.chat_template import split_template
-
         mark = "\u27e6uma-prompt\u27e7"
         tokenizer = self._stack.tokenizer
         ids: list[int] = []
-        for piece in split_template(self._stack.template, [{"role": "user", "content": mark}], {"prompt": mark}):
-            ids += tokenizer.encode(prompt) if piece.field else tokenizer.encode(piece.text, special=True)
+        for piece in split_template(
+            tokenizer, self._stack.template, [{"role": "user", "content": mark}], {"prompt": mark}
+        ):
+            ids += tokenizer.encode(prompt) if isinstance(piece, FieldPiece) else piece.token_ids
         return ids
 
 
@@ -462,25 +484,26 @@ class Engine(_EngineBase):
 
     def score(
         self,
-        prefix: str,
-        items: Sequence[str],
+        prefix: str | Sequence[int],
+        items: Sequence[str | Sequence[int]],
         *,
         labels: Sequence[str] = ("yes", "no"),
         adapter: str | None = None,
         deadline: float | None = None,
         tenant: str = "",
     ) -> list[Score]:
-        """Label logits after `tokenize(prefix) + tokenize(item)` for each item, in input order; no template is added."""
-        return self._score_call(
-            prefix, items, labels=labels, adapter=adapter, deadline=deadline, tenant=tenant
-        ).wait()
+        """Label logits after `tokenize(prefix) + tokenize(item)` for each item, in input order; no template is added.
+
+        Prefix and items may also be token ids themselves. Errors as in `rank`.
+        """
+        return self._score_call(prefix, items, labels=labels, adapter=adapter, deadline=deadline, tenant=tenant).wait()
 
     def generate(
         self,
         prompts: str | Sequence[str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         chat: bool = False,
         deadline: float | None = None,
         tenant: str = "",
@@ -505,7 +528,7 @@ class Engine(_EngineBase):
         prompts: str | Sequence[str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         chat: bool = False,
         deadline: float | None = None,
         tenant: str = "",
@@ -593,8 +616,8 @@ class AsyncEngine(_EngineBase):
 
     async def score(
         self,
-        prefix: str,
-        items: Sequence[str],
+        prefix: str | Sequence[int],
+        items: Sequence[str | Sequence[int]],
         *,
         labels: Sequence[str] = ("yes", "no"),
         adapter: str | None = None,
@@ -612,7 +635,7 @@ class AsyncEngine(_EngineBase):
         prompts: str | Sequence[str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         chat: bool = False,
         deadline: float | None = None,
         tenant: str = "",
@@ -635,7 +658,7 @@ class AsyncEngine(_EngineBase):
         prompts: str | Sequence[str],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
         chat: bool = False,
         deadline: float | None = None,
         tenant: str = "",

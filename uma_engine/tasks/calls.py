@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from uma_engine.core import FinishReason, Request
 from uma_engine.engine import EngineLoop, Sink
@@ -24,7 +24,7 @@ class ScoreSink:
     """Collects label logits by segment index; the future ends with that mapping."""
 
     def __init__(self) -> None:
-        self.future: Future[dict[int, list[float]]] = Future()
+        self.future: Future[dict[int, list[float]]] = _started_future()
         self._logits: dict[int, list[float]] = {}
 
     def on_scores(self, segment_index: int, logits: list[float]) -> None:
@@ -44,7 +44,7 @@ class TokenSink:
     """Feeds generated tokens to a text assembler; the future ends with the finish reason."""
 
     def __init__(self, take: Callable[[int], bool], ended: Callable[[FinishReason, UmaError | None], None]) -> None:
-        self.future: Future[FinishReason] = Future()
+        self.future: Future[FinishReason] = _started_future()
         self._take = take
         self._ended = ended
 
@@ -88,10 +88,7 @@ class Call(Generic[T]):
                 self.loop.submit(request, _as_sink(sink))
             except BaseException as error:
                 for rest in self.sinks[position:]:
-                    if isinstance(error, UmaError):
-                        rest.future.set_exception(error)
-                    else:
-                        rest.future.cancel()
+                    rest.future.set_exception(error)
                 self.cancel()
                 raise
 
@@ -113,6 +110,13 @@ class Call(Generic[T]):
             self.cancel()
             raise
         return self.build()
+
+
+def _started_future() -> Future[Any]:
+    """A future that nobody can cancel behind the engine's back: only the loop ends it, after it freed what it held."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 def _as_sink(sink: ScoreSink | TokenSink) -> Sink:

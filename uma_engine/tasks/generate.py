@@ -34,7 +34,7 @@ class TextAssembler:
         self.token_ids.append(token_id)
         self._unshown_ids.append(token_id)
         searched_from = max(0, len(self.text) - self._hold)
-        self.text += self._decoder.add(token_id)
+        self.text += self._decoder.push(token_id)
         found = [at for s in self._stop if (at := self.text.find(s, searched_from)) >= 0]
         if found:
             self.text = self.text[: min(found)]
@@ -46,7 +46,7 @@ class TextAssembler:
     def finish(self, reason: FinishReason) -> FinishReason:
         """Flush what was held back (unfinished bytes become U+FFFD) and settle the reason."""
         if not self.stopped:
-            self.text += self._decoder.flush()
+            self.text += self._decoder.finish()
         self._show(len(self.text))
         return FinishReason.STOP if self.stopped else reason
 

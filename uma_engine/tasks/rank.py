@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from uma_engine.catalog.chat_template import ChatTemplate, split_template
+from uma_engine.catalog.chat_template import ChatTemplate, FieldPiece, split_template
 from uma_engine.catalog.tokenizer import Tokenizer
 from uma_engine.core import Candidate, Segment
-from uma_engine.errors import InvalidRequest, TooLarge
+from uma_engine.errors import InvalidRequest, TooLarge, UnsupportedModel
 from uma_engine.tasks.results import Factor, RankResult, Score
 
 __all__ = ["DEFAULT_INSTRUCTION", "RankPrompt", "as_candidates", "label_ids", "order", "rank_result", "softmax"]
@@ -21,7 +21,11 @@ DEFAULT_INSTRUCTION = "You help a client to choose a freelancer. Decide whether 
 MAX_CANDIDATE_BYTES = 4 * 2**20  # of UTF-8 text: beyond this a candidate is an error, not a truncation
 
 _PROMPT = "{instruction}\n\nJob post:\n{job}\n\nCandidate:\n{candidate}\n\nIs the candidate a good fit for the job? Answer {labels}."
-_FIELDS = {"instruction": "\u27e6uma-instruction\u27e7", "job": "\u27e6uma-job\u27e7", "candidate": "\u27e6uma-candidate\u27e7"}
+_FIELDS = {
+    "instruction": "\u27e6uma-instruction\u27e7",
+    "job": "\u27e6uma-job\u27e7",
+    "candidate": "\u27e6uma-candidate\u27e7",
+}
 
 
 def as_candidates(candidates: Iterable[Candidate | str]) -> list[Candidate]:
@@ -37,7 +41,9 @@ def as_candidates(candidates: Iterable[Candidate | str]) -> list[Candidate]:
             item = Candidate(str(index), item)
         elif not isinstance(item, Candidate):
             raise InvalidRequest(
-                f"candidate {index} is a `{type(item).__name__}`", hint="pass strings or `Candidate`", param="candidates"
+                f"candidate {index} is a `{type(item).__name__}`",
+                hint="pass strings or `Candidate`",
+                param="candidates",
             )
         if item.id in seen:
             raise InvalidRequest(
@@ -122,12 +128,17 @@ class RankPrompt:
     def build(cls, tokenizer: Tokenizer, template: ChatTemplate, labels: Sequence[str]) -> RankPrompt:
         words = ", ".join(labels[:-1]) + f" or {labels[-1]}"
         content = _PROMPT.format(labels=words, **_FIELDS)
-        pieces = split_template(template, [{"role": "user", "content": content}], _FIELDS)
-        texts = [piece.text for piece in pieces if piece.field is None]
-        fields = [piece.field for piece in pieces if piece.field is not None]
-        if fields != list(_FIELDS) or len(texts) != len(fields) + 1:
-            raise InvalidRequest("the model's chat template changes the order of the prompt's parts")
-        return cls(*(tokenizer.encode(text, special=True) for text in texts))
+        pieces = split_template(tokenizer, template, [{"role": "user", "content": content}], _FIELDS)
+        # Instruction, job and candidate come in this order, with text between them; before and after there may be none.
+        around: list[list[int]] = [[]]
+        for piece in pieces:
+            if isinstance(piece, FieldPiece):
+                around.append([])
+            else:
+                around[-1] += piece.token_ids
+        if [p.name for p in pieces if isinstance(p, FieldPiece)] != list(_FIELDS) or not around[-1]:
+            raise UnsupportedModel("the model's chat template changes the order of the prompt's parts")
+        return cls(*around)
 
     def segments(
         self, instruction: list[int], job: list[int], candidates: Sequence[list[int]], max_candidate_tokens: int

@@ -108,7 +108,8 @@ class RankAnswer:
         """Plain data for JSON: everything but the decision record."""
         return {
             "results": [asdict(r) for r in self.results],
-            "usage": asdict(self.usage) | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
+            "usage": asdict(self.usage)
+            | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),
             "warnings": list(self.warnings),
         }

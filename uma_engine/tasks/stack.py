@@ -16,7 +16,6 @@ from uma_engine.core import AdapterRef
 from uma_engine.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from uma_engine.catalog.chat_template import ChatTemplate
     from uma_engine.catalog.tokenizer import Tokenizer
 
 __all__ = ["Stack"]
@@ -31,15 +30,15 @@ class Stack:
     """One loaded base, ready to run. `close()` stops its loop and frees its memory."""
 
     def __init__(self, model: str | Path, config: EngineConfig, progress: Progress | None = None) -> None:
-        from uma_kernels import dispatch
-
         from uma_engine.adapters import AdapterRegistry
         from uma_engine.catalog import open_model, resolve
+        from uma_engine.catalog.chat_template import ChatTemplate
         from uma_engine.engine import EngineLoop
         from uma_engine.kv_cache import BlockPool
         from uma_engine.models import load_model
         from uma_engine.runner import ModelRunner
         from uma_engine.scheduler import Scheduler
+        from uma_kernels import dispatch
 
         if dispatch.C is None and dispatch.forced_backend() is None:
             logger.warning(
@@ -49,15 +48,14 @@ class Stack:
         self.name = str(model)
         self.config = config
         path = resolve(model, progress=progress)
-        with open_model(path) as files:
-            self.model_config = files.config
-            self.digest: str = files.digest
-            self.tokenizer: Tokenizer = files.tokenizer()
-            self.template: ChatTemplate = files.chat_template()
-            block_bytes = self._block_bytes()
-            num_blocks = max(1, config.kv_cache_bytes // block_bytes)
-            self.max_model_len = self._max_model_len(num_blocks)
-            self.model = load_model(files, max_positions=self.max_model_len)
+        files = open_model(path)
+        self.model_config = files.config
+        self.digest: str = files.digest
+        self.tokenizer: Tokenizer = files.tokenizer
+        self.template = ChatTemplate(files.chat_template, self.tokenizer)
+        num_blocks = max(1, config.kv_cache_bytes // self._block_bytes())
+        self.max_model_len = self._max_model_len(num_blocks)
+        self.model = load_model(files, max_positions=self.max_model_len)
         self.backend = dispatch.description()
         self.adapters = AdapterRegistry(config.max_loras, config.max_lora_rank, self.model.sites())
         self.block_pool = BlockPool(num_blocks, config.block_size)

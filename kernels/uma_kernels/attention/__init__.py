@@ -65,15 +65,15 @@ def tree_attention(
     Semantics:  out[t] = softmax(scale * q[t] . K^T) V over the keys that t sees. Query j of a chunk with len_q queries
                 and len_k context tokens sits at path position len_k - len_q + j and sees positions 0 .. its own, of
                 these the last `window`. Query head h reads key-value head h // (H / Hkv)
-    Shapes:     q [T, H, D] . k, v [T, Hkv, D] . k_cache, v_cache [S, Hkv, D] . out [T, H, D]; Hkv divides H,
+    Shapes:     q [T, H, D] . k, v [Tk, Hkv, D] . k_cache, v_cache [S, Hkv, D] . out [T, H, D]; Hkv divides H,
                 D a multiple of 8 up to 256
     Numerics:   fp32; batch-invariant: a row's keys are reduced in tiles of path positions, wherever they lie
     Errors:     ShapeError when shapes do not fit . ValueError when `window` < 1 . IndexError when a slot is out of range
     Source:     online softmax, arXiv 1805.02867; tiling, FlashAttention-2, arXiv 2307.08691
     """
     tokens, heads, head_dim = _check_heads(q, k_cache, v_cache, window)
-    check("k", k, (tokens, k_cache.shape[1], head_dim))
-    check("v", v, (tokens, k_cache.shape[1], head_dim))
+    check("k", k, (None, k_cache.shape[1], head_dim))  # the step may have more rows than queries
+    check("v", v, tuple(k.shape))
     if tokens != batch.num_tokens:
         raise ShapeError(f"`q` has {tokens} rows but `batch` describes {batch.num_tokens}")
     out = out_like("out", out, (tokens, heads, head_dim), q)

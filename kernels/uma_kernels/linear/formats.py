@@ -29,7 +29,9 @@ class BlockQuantized:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.block_size not in (16, 32):
-            raise ValueError(f"`bits` is {self.bits} and `block_size` {self.block_size}; 4 or 8 and 16 or 32 are stored")
+            raise ValueError(
+                f"`bits` is {self.bits} and `block_size` {self.block_size}; 4 or 8 and 16 or 32 are stored"
+            )
         if self.quants.dtype is not (torch.uint8 if self.bits == 4 else torch.int8) or self.quants.dim() != 2:
             raise ValueError(f"quants are {self.quants.dtype} {tuple(self.quants.shape)} with `bits` {self.bits}")
         rows, width = self.shape
@@ -38,7 +40,9 @@ class BlockQuantized:
             if part is None:
                 continue
             if width % self.block_size or tuple(part.shape) != expected or part.dtype is not torch.float32:
-                raise ValueError(f"{name} are {part.dtype} {tuple(part.shape)} but a weight {self.shape} needs {expected}")
+                raise ValueError(
+                    f"{name} are {part.dtype} {tuple(part.shape)} but a weight {self.shape} needs {expected}"
+                )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Benchmarks: every number beside its ceiling and its peer. Run as `python -m bench.<name>`."""

@@ -1,7 +1,46 @@
+#include "cpu/linear.h"
+
 #include "bindings/bindings.h"
+#include "bindings/linear.h"
 
 namespace uma {
 
-void bind_linear(pybind11::module_&) {}
+void bind_linear(pybind11::module_& m) {
+  m.def("packed_bytes", [](int64_t n, int64_t k, int bits, int block_size, bool has_mins) {
+    const PackedWeight w = packed_weight(0, n, k, bits, block_size, has_mins);
+    return w.panels() * w.panel_bytes();
+  });
+  m.def(
+      "pack_dense",
+      [](uintptr_t data, int64_t n, int64_t k, int bits, int block_size, bool has_mins, uintptr_t weight) {
+        UMA_SELECT(packed_weight_ops)().pack_dense(packed_weight(data, n, k, bits, block_size, has_mins), at<const float>(weight));
+      },
+      NoGil());
+  m.def(
+      "pack_quantized",
+      [](uintptr_t data, int64_t n, int64_t k, int bits, int block_size, bool has_mins, uintptr_t quants, uintptr_t scales,
+         uintptr_t mins) {
+        UMA_SELECT(packed_weight_ops)()
+            .pack_quantized(packed_weight(data, n, k, bits, block_size, has_mins), at<const uint8_t>(quants),
+                            at<const float>(scales), at<const float>(mins));
+      },
+      NoGil());
+  m.def(
+      "linear",
+      [](uintptr_t data, int64_t n, int64_t k, int bits, int block_size, bool has_mins, uintptr_t x, int64_t rows,
+         uintptr_t bias, uintptr_t out) {
+        UMA_SELECT(linear_ops)().linear(at<const float>(x), rows, packed_weight(data, n, k, bits, block_size, has_mins),
+                                        at<const float>(bias), at<float>(out));
+      },
+      NoGil());
+  m.def(
+      "gather_rows",
+      [](uintptr_t data, int64_t n, int64_t k, int bits, int block_size, bool has_mins, uintptr_t ids, int64_t count,
+         uintptr_t out) {
+        return UMA_SELECT(packed_weight_ops)()
+            .gather_rows(packed_weight(data, n, k, bits, block_size, has_mins), at<const int64_t>(ids), count, at<float>(out));
+      },
+      NoGil());
+}
 
 }  // namespace uma

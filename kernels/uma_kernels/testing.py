@@ -83,13 +83,13 @@ def poisoned_empty() -> Iterator[None]:
             return tensor.fill_(float("nan"))
         return tensor if tensor.dtype is torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
-    torch.empty = lambda *a, **k: poison(originals[0](*a, **k))  # type: ignore[assignment]
-    torch.empty_like = lambda *a, **k: poison(originals[1](*a, **k))  # type: ignore[assignment]
-    torch.Tensor.new_empty = lambda *a, **k: poison(originals[2](*a, **k))  # type: ignore[method-assign,assignment]
+    torch.empty = lambda *a, **k: poison(originals[0](*a, **k))
+    torch.empty_like = lambda *a, **k: poison(originals[1](*a, **k))
+    torch.Tensor.new_empty = lambda *a, **k: poison(originals[2](*a, **k))  # type: ignore[method-assign]
     try:
         yield
     finally:
-        torch.empty, torch.empty_like = originals[0], originals[1]  # type: ignore[assignment]
+        torch.empty, torch.empty_like = originals[0], originals[1]
         torch.Tensor.new_empty = originals[2]  # type: ignore[method-assign]
 
 

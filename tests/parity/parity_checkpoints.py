@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from parity_helpers import Truth, exact, randomise
+from parity_helpers import Truth, exact, grouped, randomise
 
 from uma_engine.catalog import open_model
 from uma_engine.models import DecoderModel, load_model
@@ -121,5 +121,5 @@ def make_checkpoint(name: str, path: Path) -> Checkpoint:
     hf.save_pretrained(path)
     prefix, left, right = (random.choices(range(SMALL["vocab_size"]), k=n) for n in (PREFIX, LEFT, RIGHT))
     hf_exact = exact(hf)
-    truths = (Truth.of(hf, hf_exact, prefix + own) for own in (left, right))
+    truths = grouped([Truth.of(hf, hf_exact, prefix + own) for own in (left, right)])
     return Checkpoint(path, hf, hf_exact, prefix, left, right, *truths)

@@ -351,8 +351,8 @@ def test_what_is_left_of_the_budget_goes_to_the_earliest():
 
 
 def test_a_request_whose_prompt_finds_no_room_is_not_admitted_only_to_be_preempted():
-    engine = Engine(num_blocks=10, max_num_batched_tokens=16)
-    engine.add(generate_request("a", range(24), max_tokens=9), generate_request("b", range(50, 62), max_tokens=4))
+    engine = Engine(num_blocks=11, max_num_batched_tokens=16)
+    engine.add(generate_request("a", range(24), max_tokens=4), generate_request("b", range(50, 62), max_tokens=4))
     engine.step()
     engine.add(generate_request("c", range(70, 80), max_tokens=4))
     engine.step()

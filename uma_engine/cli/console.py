@@ -83,8 +83,9 @@ def open_engine(args: argparse.Namespace, model: str | None = None) -> Iterator[
 
 
 def printable(text: str, width: int) -> str:
-    """One line of at most `width` characters, control characters and line breaks gone."""
-    flat = " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text).split())
+    """One line of at most `width` characters: line breaks gone, control and direction characters made visible."""
+    joiner = "\u200d"  # holds emoji of several parts together
+    flat = " ".join("".join(c if c.isprintable() or c.isspace() or c == joiner else "\ufffd" for c in text).split())
     return flat if len(flat) <= width else flat[: width - 1] + "\u2026"
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from uma_engine._version import __version__
 from uma_engine.catalog import cache_dir, list_models
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def findings() -> dict:  # type: ignore[type-arg]
+def findings() -> dict[str, Any]:
     """Everything `uma doctor` tells, as plain data."""
     machine = {
         "uma-engine": __version__,

@@ -18,6 +18,9 @@ from uma_engine.tasks.records import write_json
 from uma_engine.tasks.results import RankAnswer, RankResult
 
 
+NUMBERS_WIDTH = 68  # of all columns but the candidate's, borders included
+
+
 def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     if args.job == "-" and args.candidates == "-":
@@ -49,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
 def show(
     job: str, candidates: Sequence[Candidate], answer: RankAnswer, labels: Sequence[str], load_seconds: float
 ) -> None:
-    """Print the table, the warnings and the cost line."""
+    """Print the table, the warnings and the cost line.
+
+    The reason is the logit of each label and how far the score lies from the mean of all candidates.
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -57,20 +63,21 @@ def show(
     console = Console(highlight=False)
     title = next((line.strip("# ").strip() for line in job.splitlines() if line.strip("# ").strip()), "job")
     table = Table(title=printable(title, 90), title_justify="left", header_style="bold", row_styles=("", "dim"))
-    table.add_column("#", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("candidate", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("#", justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("candidate", no_wrap=True, overflow="ellipsis")
     table.add_column("why, in numbers", no_wrap=True)
-    table.add_column("cut", justify="right")
+    table.add_column("cut", justify="right", no_wrap=True)
+    name_width = max(20, console.width - NUMBERS_WIDTH)
     mean = sum(r.score for r in answer.all_results) / max(1, len(answer.all_results))
     for place, result in enumerate(answer.results, start=1):
         person = candidates[result.index]
         table.add_row(
             str(place),
             f"{result.score:.4f}",
-            Text(printable(f"{person.id}  {_headline(person)}", 100)),
+            Text(printable(f"{person.id}  {_headline(person)}", name_width)),
             Text(_reason(result, labels, mean)),
-            f"-{result.truncated_tokens} tok" if result.truncated_tokens else "",
+            f"{result.truncated_tokens} tok" if result.truncated_tokens else "",
         )
     console.print(table)
     for warning in answer.warnings:
@@ -86,14 +93,15 @@ def show(
 
 
 def _headline(person: Candidate) -> str:
-    name, headline = person.facts.get("name"), person.facts.get("headline")
-    known = ", ".join(str(part) for part in (name, headline) if part)
-    return known or person.text
+    """The person's name, where one is known, and the first line of the text."""
+    first_line = person.text.strip().splitlines()[0]
+    name = person.facts.get("name")
+    return f"{name}, {first_line}" if name else first_line
 
 
 def _reason(result: RankResult, labels: Sequence[str], mean: float) -> str:
     logits = "  ".join(f"{label} {logit:+.2f}" for label, logit in zip(labels, result.logits, strict=True))
-    return f"logits {logits}  vs mean {result.score - mean:+.4f}"
+    return f"{logits}  mean {result.score - mean:+.4f}"
 
 
 def _cost(answer: RankAnswer, load_seconds: float) -> str:

@@ -17,6 +17,7 @@ from uma_engine.core import FinishReason, Request, SchedulerOutput, StepResult
 from uma_engine.errors import (
     DeadlineExceeded,
     EngineUnavailable,
+    InvalidRequest,
     InvariantViolation,
     Overloaded,
     RequestCancelled,
@@ -64,7 +65,7 @@ class EngineLoop:
         self._runner = runner
         self._max_waiting = max_waiting
         self._on_thread_start = on_thread_start
-        self._commands: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], object]] = deque()
         self._pending_adds = 0
         self._wake = threading.Condition()
         self._sinks: dict[str, Sink] = {}  # the loop thread's own
@@ -131,7 +132,7 @@ class EngineLoop:
         if self._closing:
             raise EngineUnavailable("the engine is closed", hint="create a new engine")
 
-    def _command(self, command: Callable[[], None]) -> None:
+    def _command(self, command: Callable[[], object]) -> None:
         with self._wake:
             self._check_alive()
             self._commands.append(command)
@@ -164,6 +165,9 @@ class EngineLoop:
     def _add(self, request: Request, sink: Sink) -> None:
         with self._wake:
             self._pending_adds -= 1
+        if request.request_id in self._sinks:  # the one in flight keeps its sink
+            sink.on_finished(FinishReason.ERROR, InvalidRequest(f"request id `{request.request_id}` is in use"))
+            return
         self._sinks[request.request_id] = sink
         if self._closing:
             return  # ends with the rest
@@ -184,8 +188,10 @@ class EngineLoop:
         except Exception as error:
             logger.exception("a step failed")
             failure = error if isinstance(error, UmaError) else InvariantViolation(f"a step failed: {error!r}")
-            for finished in self._scheduler.abort_step(output, failure):
-                self._finish(finished.request.request_id, finished.reason, failure)
+            for event in self._scheduler.abort_step(output, failure):
+                if isinstance(event, Finished):
+                    ours = failure if event.reason is FinishReason.ERROR else None
+                    self._finish(event.request.request_id, event.reason, ours)
             return
         for event in self._scheduler.update(output, result):
             self._deliver(event)

@@ -144,16 +144,13 @@ class _EngineBase:
             )
         return time.monotonic() + deadline
 
-    def _score_usage(self, request: Request, tokenization_time: float, started: float, model_paths: int) -> Usage:
-        segments = request.segments
-        cached = sum(s.num_cached_tokens for s in segments)
-        computed = sum(len(s) for s in segments) - cached
+    def _score_usage(self, request: Request, tokenization_time: float, started: float, prompt_tokens: int) -> Usage:
         return Usage(
-            prompt_tokens=model_paths,
-            computed_tokens=computed,
-            cached_tokens=cached,
+            prompt_tokens=prompt_tokens,
+            computed_tokens=request.num_computed_tokens,
+            cached_tokens=request.num_cached_tokens,
             output_tokens=0,
-            flops=computed * self._stack.model.flops_per_token,
+            flops=request.num_computed_tokens * self._stack.model.flops_per_token,
             tokenization_time=tokenization_time,
             inference_time=time.perf_counter() - started,
         )
@@ -317,7 +314,7 @@ class _EngineBase:
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
             prompt = _text(f"prompts[{index}]", prompt)
             ids = self._chat_ids(prompt) if chat else tokenizer.encode(prompt)
-            if tokenizer.adds_bos and not chat:
+            if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
                 ids = [tokenizer.bos_id, *ids]
             if len(ids) + p.max_tokens > self.max_model_len:
                 raise TooLarge(
@@ -336,8 +333,8 @@ class _EngineBase:
         ended_at: list[float] = [0.0] * n
         left = itertools.count(n - 1, -1)
         try:
-            for name in all_adapters:
-                refs.append(self._lease(name))
+            for adapter_name in all_adapters:
+                refs.append(self._lease(adapter_name))
         except UmaError:
             for ref in refs:
                 if ref is not None:
@@ -395,14 +392,12 @@ class _EngineBase:
         return call
 
     def _generate_usage(self, request: Request, tokenization_time: float, started: float, ended: float) -> Usage:
-        cached = request.segments[0].num_cached_tokens
-        computed = request.num_prompt_tokens - cached + max(0, len(request.output_token_ids) - 1)
         return Usage(
             prompt_tokens=request.num_prompt_tokens,
-            computed_tokens=computed,
-            cached_tokens=cached,
+            computed_tokens=request.num_computed_tokens,
+            cached_tokens=request.num_cached_tokens,
             output_tokens=len(request.output_token_ids),
-            flops=computed * self._stack.model.flops_per_token,
+            flops=request.num_computed_tokens * self._stack.model.flops_per_token,
             tokenization_time=tokenization_time,
             inference_time=ended - started,
         )

@@ -6,13 +6,13 @@ Knows sinks and futures; does not know templates or scores' meaning.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from uma_engine.core import FinishReason, Request
-from uma_engine.engine import EngineLoop, Sink
+from uma_engine.engine import EngineLoop
 from uma_engine.errors import UmaError
 
 __all__ = ["Call", "ScoreSink", "TokenSink"]
@@ -72,12 +72,12 @@ class Call(Generic[T]):
 
     loop: EngineLoop
     requests: list[Request]
-    sinks: list[ScoreSink] | list[TokenSink]
+    sinks: Sequence[ScoreSink | TokenSink]
     build: Callable[[], T]
     started: float = field(default_factory=time.perf_counter)
 
     @property
-    def futures(self) -> list[Future]:  # type: ignore[type-arg]
+    def futures(self) -> list[Future[Any]]:
         return [sink.future for sink in self.sinks]
 
     def submit(self) -> None:
@@ -85,7 +85,7 @@ class Call(Generic[T]):
         self.started = time.perf_counter()
         for position, (request, sink) in enumerate(zip(self.requests, self.sinks, strict=True)):
             try:
-                self.loop.submit(request, _as_sink(sink))
+                self.loop.submit(request, sink)
             except BaseException as error:
                 for rest in self.sinks[position:]:
                     rest.future.set_exception(error)
@@ -117,7 +117,3 @@ def _started_future() -> Future[Any]:
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()
     return future
-
-
-def _as_sink(sink: ScoreSink | TokenSink) -> Sink:
-    return sink

@@ -41,11 +41,9 @@ static inline void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
 static inline vf splat(float x) { return x - vf{}; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 static inline vi to_int(vf v) { return __builtin_convertvector(v, vi); }  // toward zero
-static inline vf select(vi mask, vf a, vf b) {  // lanes of a where mask is all ones, else of b
-  return reinterpret_cast<vf>((mask & reinterpret_cast<vi>(a)) | (~mask & reinterpret_cast<vi>(b)));
-}
-static inline vf max(vf a, vf b) { return select(a > b, a, b); }
-static inline vf min(vf a, vf b) { return select(a < b, a, b); }
+static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }  // lanes of a where mask is all ones, else of b
+static inline vf max(vf a, vf b) { return a > b ? a : b; }              // b where either is NaN
+static inline vf min(vf a, vf b) { return a < b ? a : b; }
 
 // First n lanes from memory, the rest zero (n < kLanes); and the store of the first n.
 static inline vf load_partial(const float* p, int n) {
@@ -76,11 +74,12 @@ static inline float reduce_max(vf v) {
 }
 
 // e^x for x <= 88: 2^n * p(r) with n = round(x / ln 2), |r| <= ln(2)/2 and a degree-6 polynomial (Cephes' expf
-// coefficients, netlib.org/cephes). Relative error below 2^-22 on [-87, 88]; 0 below -87.3; -inf gives 0.
+// coefficients, netlib.org/cephes). Relative error below 2^-22 on [-87, 88]; 0 below -87.3; -inf gives 0,
+// NaN stays NaN.
 static inline vf exp(vf x) {
   const vi underflow = x < splat(-87.3f);
-  x = max(x, splat(-87.3f));
-  x = min(x, splat(88.3f));
+  x = max(splat(-87.3f), x);
+  x = min(splat(88.3f), x);
   const vf scaled = x * 1.44269504088896341f;
   const vf half = select(scaled < vf{}, splat(-0.5f), splat(0.5f));
   const vi n = to_int(scaled + half);

@@ -68,7 +68,8 @@ def tree_attention(
     Shapes:     q [T, H, D] . k, v [Tk, Hkv, D] . k_cache, v_cache [S, Hkv, D] . out [T, H, D]; Hkv divides H,
                 D a multiple of 8 up to 256
     Numerics:   fp32; batch-invariant: a row's keys are reduced in tiles of path positions, wherever they lie
-    Errors:     ShapeError when shapes do not fit . ValueError when `window` < 1 . IndexError when a slot is out of range
+    Errors:     ShapeError when shapes do not fit . ValueError when `window` < 1 . IndexError when a slot is outside the
+                cache or the step
     Source:     online softmax, arXiv 1805.02867; tiling, FlashAttention-2, arXiv 2307.08691
     """
     tokens, heads, head_dim = _check_heads(q, k_cache, v_cache, window)

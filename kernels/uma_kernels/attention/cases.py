@@ -1,4 +1,4 @@
-"""Trees of segments and paged sequences that tests and benches share, and the tensors made from them: awkward ones first.
+"""Trees of segments and paged sequences that tests and benches share, with their tensors: awkward ones first.
 
 Knows how a tree becomes slots and offsets; does not know any back end.
 """
@@ -15,7 +15,7 @@ from uma_kernels.attention import AttentionBatch
 
 @dataclass(frozen=True)
 class Segment:
-    """`length` tokens below segment `parent` (None: a root); `cached`: their keys are in the cache, they ask nothing."""
+    """`length` tokens below segment `parent` (None: a root); `cached`: in the cache, without queries in this step."""
 
     parent: int | None
     length: int
@@ -101,9 +101,8 @@ def tree_inputs(case: TreeCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     rows = [t for n in asked for t in case.tokens[n]]
     order = torch.randperm(len(cached) + spare_slots)[: len(cached)]
     slot = dict(zip(cached, order.tolist(), strict=True)) | {t: -row - 1 for row, t in enumerate(rows)}
-    caches = [torch.full((len(cached) + spare_slots, *x.shape[1:]), float("nan")) for x in (k, v)]
-    for cache, x in zip(caches, (k, v), strict=True):
-        cache[order] = x[cached]
+    k_cache, v_cache = torch.full((2, len(cached) + spare_slots, *k.shape[1:]), float("nan"))
+    k_cache[order], v_cache[order] = k[cached], v[cached]
     paths = [case.path(n) for n in asked]
     batch = AttentionBatch(
         _offsets([case.segments[n].length for n in asked]),
@@ -111,7 +110,7 @@ def tree_inputs(case: TreeCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
         _offsets([len(path) for path in paths]),
     )
     index = torch.tensor(rows, dtype=torch.int64)
-    return TreeInputs(q[index], k[index], v[index], *caches, batch, index)
+    return TreeInputs(q[index], k[index], v[index], k_cache, v_cache, batch, index)
 
 
 def _offsets(lengths: list[int]) -> torch.Tensor:
@@ -127,7 +126,7 @@ def _leaves(prefix: int, count: int, length: int, cached: bool = True) -> tuple[
     return (Segment(None, prefix, cached), *(Segment(0, length) for _ in range(count)))
 
 
-# instruction (cached) -> job (this step) -> two candidates (this step), one of them with two probes; and another request
+# instruction (cached) -> job (this step) -> two candidates, one of them with two probes; and another request
 _REQUEST = (
     Segment(None, 70, True), Segment(0, 61), Segment(1, 17), Segment(1, 65), Segment(3, 3), Segment(3, 1),
     Segment(None, 40, True), Segment(6, 30),

@@ -23,7 +23,8 @@ def tree_attention(
     window: int | None,
     out: torch.Tensor,
 ) -> None:
-    tokens, heads, head_dim = q.shape
+    heads, head_dim = q.shape[1:]
+    tokens = k.shape[0]  # rows that a negative slot may name
     slots, kv_heads, _ = k_cache.shape
     bad = extension().tree_attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),

@@ -53,7 +53,7 @@ def paged_decode(
 
 
 def _check_slots(name: str, slots: torch.Tensor, low: int, high: int) -> None:
-    if slots.numel() and not (low <= int(slots.min()) and int(slots.max()) < high):
+    if slots.numel() and (int(slots.min()) < low or int(slots.max()) >= high):
         raise IndexError(
             f"`{name}` reaches slots {int(slots.min())} .. {int(slots.max())}, outside {low} .. {high - 1}"
         )
@@ -75,7 +75,7 @@ def _attend(
     len_q, heads, head_dim = q.shape
     len_k, kv_heads, _ = keys.shape
     grouped = q.view(len_q, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
+    scores = torch.einsum("qhgd,khd->hgqk", grouped.double(), keys.double()).mul(scale).float()
     position = torch.arange(len_k - len_q, len_k, device=q.device)[:, None]
     key_position = torch.arange(len_k, device=q.device)[None, :]
     seen = key_position <= position

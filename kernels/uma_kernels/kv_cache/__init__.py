@@ -21,7 +21,8 @@ def write(
     Semantics:  k_cache[slot_mapping[t]] = k[t], likewise v; rows with slot -1 are skipped; no slot occurs twice
     Shapes:     k, v [T, Hkv, D] . k_cache, v_cache [S, Hkv, D] . slot_mapping [T] int32
     Numerics:   exact
-    Errors:     ShapeError when shapes do not fit . IndexError when a slot is outside -1 .. S - 1: then nothing is written
+    Errors:     ShapeError when shapes do not fit . IndexError when a slot is outside -1 .. S - 1: nothing is
+                written then
     """
     check("k_cache", k_cache, (None, None, None))
     row = tuple(k_cache.shape[1:])
@@ -50,7 +51,7 @@ def gather(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 def copy(k_cache: torch.Tensor, v_cache: torch.Tensor, src_slots: torch.Tensor, dst_slots: torch.Tensor) -> None:
     """
-    Semantics:  k_cache[dst_slots[m]] = k_cache[src_slots[m]], likewise v; every source is read before any is overwritten
+    Semantics:  k_cache[dst_slots[m]] = k_cache[src_slots[m]], likewise v; all are read before any is written
     Shapes:     k_cache, v_cache [S, Hkv, D] . src_slots, dst_slots [M] int32
     Numerics:   exact
     Errors:     ShapeError when shapes do not fit . IndexError when a slot is out of range: then nothing is written

@@ -1,6 +1,6 @@
 """Root-mean-square normalisation, alone and fused with the residual addition before it.
 
-Knows rows and a weight; does not know layers, or architectures that store `weight - 1`: the caller passes the multiplier.
+Knows rows and a weight; does not know layers, or models that store `weight - 1`: the caller passes the multiplier.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ __all__ = ["rope", "rotary_table"]
 
 def rotary_table(inv_freq: torch.Tensor, max_positions: int) -> torch.Tensor:
     """
-    Semantics:  row p is cos(p * inv_freq) followed by sin(p * inv_freq); the angle is rounded to fp32 before cos and sin,
-                as the models were trained
+    Semantics:  row p is cos(p * inv_freq) followed by sin(p * inv_freq); the angle is rounded to fp32 first, as when
+                the models were trained
     Shapes:     inv_freq [D / 2] -> [max_positions, D]
     Errors:     ShapeError when `inv_freq` is not a vector of fp32
     """

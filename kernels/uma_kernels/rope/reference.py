@@ -6,10 +6,10 @@ import torch
 
 
 def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:
-    if positions.numel() and not (0 <= int(positions.min()) and int(positions.max()) < table.shape[0]):
-        raise IndexError(
-            f"`positions` reaches {int(positions.min())} .. {int(positions.max())} but `table` has {table.shape[0]} rows"
-        )
+    bad = ((positions < 0) | (positions >= table.shape[0])).nonzero()
+    if bad.numel():
+        index = int(bad[0, 0])
+        raise IndexError(f"`positions[{index}]` is {int(positions[index])} but `table` has {table.shape[0]} rows")
     half = q.shape[-1] // 2
     cos, sin = table[positions][:, None, :].split(half, dim=-1)
     for x in (q, k):

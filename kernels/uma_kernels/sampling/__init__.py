@@ -1,6 +1,6 @@
 """Drawing the next token of each row from its logits.
 
-Knows logits, sampling parameters and a counter-based random number; does not know requests, grammars or stop conditions.
+Knows logits, sampling parameters and a counter-based random number; does not know requests, grammars or stop words.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def sample(
                 logit -= frequency_penalty * count + presence_penalty; logits / temperature; the top_k largest stay (of
                 equals the lowest index); of these the fewest largest whose probabilities reach top_p; of these the ones
                 with at least min_p times the largest probability; then the first token, in index order, at which the
-                cumulative probability exceeds u(seed, step). Temperature 0: the largest logit, of equals the lowest index
+                cumulative probability exceeds u(seed, step). Temperature 0: the largest logit (of equals the lowest
+                index)
     Shapes:     logits [B, V] fp32, unchanged . mask [B, V] bool . -> [B] int64
     Numerics:   fp32 weights, fp64 cumulative sums; a row's draw depends on the row alone
-    Errors:     ShapeError when shapes do not fit . ValueError when a row holds a NaN or +inf, or no token is left in it .
-                IndexError when an id of token_counts is outside 0 .. V - 1
+    Errors:     ShapeError when shapes do not fit . ValueError when a row holds a NaN or +inf, or no token is left in
+                it . IndexError when an id of token_counts is outside 0 .. V - 1
     """
     check("logits", logits, (None, None))
     rows = logits.shape[0]

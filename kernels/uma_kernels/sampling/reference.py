@@ -66,11 +66,12 @@ def _sample_row(
     order, by_index = order[enough].sort()
     cumulative = weights[enough][by_index].cumsum(0)
     target = uniform(int(batch.seeds[row]), int(batch.steps[row])) * cumulative[-1]
-    return int(order[(cumulative > target).nonzero()[0, 0]])
+    drawn = int((cumulative <= target).sum())
+    return int(order[min(drawn, order.numel() - 1)])  # rounding may leave the whole sum at the target
 
 
 def _penalise(scores: torch.Tensor, batch: SamplingBatch, row: int, ids: torch.Tensor, counts: torch.Tensor) -> None:
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < scores.numel()):
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= scores.numel()):
         raise IndexError(f"`token_counts[{row}]` names ids outside 0 .. {scores.numel() - 1}")
     seen, repetition = scores[ids], batch.repetition_penalty[row]
     seen = torch.where(seen > 0, seen / repetition, seen * repetition)

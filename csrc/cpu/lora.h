@@ -1,0 +1,28 @@
+// Low-rank updates of a batch in which each row names its adapter.
+//
+// A packed adapter is one buffer: a 64-byte LoraHeader, then A [R, K] in panels over R, then B [N, R] in panels of 32 over N,
+// each panel [depth][width] floats, zero padded. A's panels are 32 wide; the last is 16 wide where 16 hold the rest.
+#pragma once
+#include <cstdint>
+
+#include "uma/isa.h"
+
+namespace uma {
+
+struct alignas(64) LoraHeader {
+  int64_t rank, k, n;
+  float scaling;
+};
+
+struct LoraOps {
+  int64_t (*packed_bytes)(int64_t rank, int64_t k, int64_t n);
+  void (*pack)(uint8_t* to, const LoraHeader& header, const float* a, const float* b);
+  // For each of `count` adapters: out[t] += scaling * (x[t] A^T) B^T over the rows t = order[offsets[i]] ..
+  // order[offsets[i + 1] - 1]. All adapters have the same k and n. A null adapter adds nothing.
+  void (*lora)(const float* x, float* out, const uint8_t* const* adapters, const int32_t* offsets, int64_t count,
+               const int32_t* order);
+};
+
+UMA_DECLARE_PER_ISA(const LoraOps& lora_ops();)
+
+}  // namespace uma

@@ -1,0 +1,149 @@
+"""Low-rank updates of mixed batches: against fp64 row by row, and rows bitwise independent of their neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.conftest import BACKENDS
+from uma_kernels import dispatch
+from uma_kernels.check import ShapeError
+from uma_kernels.lora import LoraRouting, PackedLora, lora, pack_lora
+from uma_kernels.lora.cases import CASES, LoraCase
+from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction, with_sentinels
+
+# Bitwise promises hold for the compiled back end alone: torch's own products depend on the batch.
+cpp_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"], indirect=True)
+
+Factors = tuple[torch.Tensor, torch.Tensor, float]
+
+
+def random_factors(case: LoraCase) -> list[Factors | None]:
+    return [
+        (torch.randn(r, case.width) * case.width**-0.5, torch.randn(case.rows, r) * r**-0.5, 0.5 + i) if r else None
+        for i, r in enumerate(case.ranks)
+    ]
+
+
+def pack_all(factors: list[Factors | None]) -> list[PackedLora | None]:
+    return [None if f is None else pack_lora(*f) for f in factors]
+
+
+def row_by_row(
+    x: torch.Tensor, out: torch.Tensor, factors: list[Factors | None], mapping: list[int], dtype: torch.dtype
+) -> torch.Tensor:
+    result = out.to(dtype)
+    for t, slot in enumerate(mapping):
+        chosen = factors[slot] if slot >= 0 else None
+        if chosen is not None:
+            lora_a, lora_b, scaling = chosen
+            result[t] += scaling * (x[t].to(dtype) @ lora_a.to(dtype).T) @ lora_b.to(dtype).T
+    return result
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_lora_matches_fp64_row_by_row(case: LoraCase, backend: str) -> None:
+    factors, mapping = random_factors(case), case.token_lora_mapping
+    x, base = torch.randn(case.tokens, case.width), torch.randn(case.tokens, case.rows)
+    routing = LoraRouting.build(mapping, len(case.ranks))
+    with with_sentinels(base.shape) as out:
+        out.copy_(base)
+        lora(x, out, pack_all(factors), routing)
+        assert_reduction(
+            out,
+            row_by_row(x, base, factors, mapping, torch.float32),
+            row_by_row(x, base, factors, mapping, torch.float64),
+        )
+    untouched = [t for t, slot in enumerate(mapping) if slot < 0 or factors[slot] is None]
+    assert_exact(out[untouched], base[untouched])
+
+
+@cpp_only
+def test_a_row_has_the_same_bits_in_every_batch(backend: str) -> None:
+    case = LoraCase(60, 96, 70, (1, 3, 0, 8, 16, 64, 256, 33), 5)
+    packed, mapping = pack_all(random_factors(case)), case.token_lora_mapping
+    x, base = torch.randn(case.tokens, case.width), torch.randn(case.tokens, case.rows)
+
+    def run(rows: list[int]) -> torch.Tensor:
+        out = base[rows].clone()
+        lora(x[rows].clone(), out, packed, LoraRouting.build([mapping[t] for t in rows], len(packed)))
+        return out
+
+    together = run(list(range(case.tokens)))
+    assert_invariant(torch.cat([run([t]) for t in range(case.tokens)]), together)
+    for _ in range(5):
+        some = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens, ()))].tolist()
+        assert_invariant(run(some), together[some])
+
+
+@cpp_only
+@pytest.mark.parametrize("tokens", [1, 7, 100])
+def test_the_number_of_threads_changes_no_bit(tokens: int, backend: str) -> None:
+    case = LoraCase(tokens, 96, 160, (64, 5, 256))
+    packed = pack_all(random_factors(case))
+    x, base = torch.randn(tokens, case.width), torch.randn(tokens, case.rows)
+    routing = LoraRouting.build([t % 3 for t in range(tokens)], 3)
+    extension = dispatch.extension()
+    before = extension.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            extension.set_num_threads(threads)
+            results.append(base.clone())
+            lora(x, results[-1], packed, routing)
+    finally:
+        extension.set_num_threads(before)
+    assert_invariant(results[1], results[0])
+    assert_invariant(results[2], results[0])
+
+
+def test_routing_groups_rows_by_slot_in_order() -> None:
+    routing = LoraRouting.build(torch.tensor([2, -1, 0, 2, 0, -1, 2], dtype=torch.int32), 4)
+    assert routing.slots == (0, 2)
+    assert routing.order.tolist() == [2, 4, 0, 3, 6]
+    assert routing.offsets.tolist() == [0, 2, 5]
+    assert not routing.is_empty
+
+
+def test_a_batch_without_adapters_is_left_alone(backend: str) -> None:
+    for mapping in ([-1, -1, -1], []):
+        routing = LoraRouting.build(mapping, 2)
+        assert routing.is_empty
+        out = torch.randn(len(mapping), 5)
+        before = out.clone()
+        lora(torch.randn(len(mapping), 7), out, [None, None], routing)
+        assert_exact(out, before)
+
+
+@cpp_only
+def test_a_packed_adapter_has_its_own_rank(backend: str) -> None:
+    small, large = (pack_lora(torch.zeros(r, 64), torch.zeros(32, r), 1.0) for r in (16, 256))
+    assert (small.rank, large.rank) == (16, 256)
+    assert large.nbytes - small.nbytes == 240 * (64 + 32) * 4
+
+
+@pytest.mark.parametrize("bad", [-2, 2])
+def test_slots_out_of_range_are_refused(bad: int) -> None:
+    with pytest.raises(IndexError):
+        LoraRouting.build([0, bad], 2)
+
+
+def test_wrong_shapes_are_refused(backend: str) -> None:
+    adapter = pack_lora(torch.zeros(4, 7), torch.zeros(5, 4), 1.0)
+    routing = LoraRouting.build([0, 0], 1)
+    for x, out in (
+        (torch.zeros(2, 6), torch.zeros(2, 5)),
+        (torch.zeros(2, 7), torch.zeros(2, 6)),
+        (torch.zeros(3, 7), torch.zeros(3, 5)),
+    ):
+        with pytest.raises(ShapeError):
+            lora(x, out, [adapter], routing)
+    for lora_a, lora_b in (
+        (torch.zeros(4, 7), torch.zeros(5, 3)),
+        (torch.zeros(0, 7), torch.zeros(5, 0)),
+        (torch.zeros(4, 7).double(), torch.zeros(5, 4)),
+    ):
+        with pytest.raises(ShapeError):
+            pack_lora(lora_a, lora_b, 1.0)
+    with pytest.raises(IndexError):
+        lora(torch.zeros(1, 7), torch.zeros(1, 5), [adapter], LoraRouting.build([1], 2))

@@ -49,7 +49,7 @@ def make_workload(
         while len(text) < 10 * candidate:
             text += (
                 f"Worked {rng.randint(1, 9)} years as a {rng.choice(ROLES)} in {rng.choice(CITIES)}, using {rng.choice(SKILLS)}, "
-                f"{rng.choice(SKILLS)} and {rng.choice(SKILLS)}; led {rng.randint(1, 30)} people, cut costs by {rng.randint(2, 60)} percent. "
+                f"{rng.choice(SKILLS)} and {rng.choice(SKILLS)}; led {rng.randint(1, 30)} people, cut costs by {rng.randint(2, 60)} %. "
             )
         return text
 

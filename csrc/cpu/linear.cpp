@@ -124,7 +124,7 @@ void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bi
     }
     parallel_for(tiles, interleave);
     const int64_t panels = w.panels();
-    const int64_t groups = group_count(panels, 6);
+    const int64_t groups = group_count(panels, 3);
     const int64_t cuts = at_most(tiles, (2 * get_num_threads() + groups - 1) / groups);  // of the rows
     parallel_for(groups * cuts, [&](int64_t task) {
       const int64_t group = task / cuts, cut = task % cuts;

@@ -17,9 +17,15 @@ class ShapeError(ValueError):
 def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype = torch.float32) -> None:
     """Raise ShapeError unless `tensor` has `shape` (None: any size), `dtype`, lies on the CPU or a GPU, and is contiguous."""
     actual = tensor.shape
-    if len(actual) != len(shape) or any(
-        want is not None and want != have for want, have in zip(shape, actual, strict=True)
-    ):
+    # Called several times an op: the good case first, and cheaply.
+    fits = actual == shape
+    if not fits and len(actual) == len(shape):
+        for want, have in zip(shape, actual, strict=True):
+            if want is not None and want != have:
+                break
+        else:
+            fits = True
+    if not fits:
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ShapeError(f"`{name}` has shape {list(actual)} but must have [{wanted}]")
     if tensor.dtype is not dtype:

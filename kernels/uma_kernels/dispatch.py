@@ -33,6 +33,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "sampling": ("cpp", "reference"),
 }
 
+_FROM_ENVIRONMENT = os.environ.get("UMA_BACKEND") or None  # read once: `choose` runs for each op call
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("uma_backend", default=None)
 
 
@@ -69,7 +70,7 @@ def extension() -> Any:
 
 
 def forced_backend() -> str | None:
-    name = _forced.get() or os.environ.get("UMA_BACKEND") or None
+    name = _forced.get() or _FROM_ENVIRONMENT
     if name is not None and name not in BACKENDS:
         raise BackendUnavailable(f"back end `{name}` is not one of {', '.join(BACKENDS)}")
     return name
@@ -105,7 +106,7 @@ def explain(op: str, device: str = "cpu") -> Choice:
 
 def choose(op: str, device: str = "cpu") -> str:
     """The name of the back end for `op`; cheap enough to be called for each op call."""
-    if device == "cpu" and C is not None and _forced.get() is None and "UMA_BACKEND" not in os.environ:
+    if device == "cpu" and C is not None and _FROM_ENVIRONMENT is None and _forced.get() is None:
         return OPS[op][0]
     return explain(op, device).backend
 

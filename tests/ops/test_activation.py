@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from uma_kernels.activation import geglu_tanh, swiglu
 from uma_kernels.activation.cases import CASES, ActivationCase
 from uma_kernels.check import ShapeError

@@ -17,7 +17,6 @@ from uma_engine.tasks.candidates import read_candidates, read_job
 from uma_engine.tasks.records import write_json
 from uma_engine.tasks.results import RankAnswer, RankResult
 
-
 NUMBERS_WIDTH = 68  # of all columns but the candidate's, borders included
 
 

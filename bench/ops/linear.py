@@ -1,0 +1,56 @@
+"""Packed matrix products against torch's fp32 product with the dequantised weight."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from bench.ops import measure, options, set_threads
+from uma_kernels.linear import BlockQuantized, linear, pack
+from uma_kernels.linear.cases import BENCH_CASES, LinearCase, WeightFormat
+from uma_kernels.testing import assert_reduction
+
+FORMATS = (WeightFormat(32), WeightFormat(4, 32, True), WeightFormat(8, 32))
+FEW_ROWS_BYTES = (
+    64 << 20
+)  # of fp32 weights read in turn where rows are few, as a model's layers are: no cache holds them
+
+
+def bench_case(args: argparse.Namespace, case: LinearCase, weight_format: WeightFormat) -> None:
+    copies = 1 if case.tokens >= 64 else max(1, min(24, FEW_ROWS_BYTES // (4 * case.rows * case.width)))
+    x, out = torch.randn(case.tokens, case.width), torch.empty(case.tokens, case.rows)
+    weights = [weight_format.random(case.rows, case.width) for _ in range(copies)]
+    packed = [pack(weight) for weight in weights]
+    dense = [weight.dequantize() if isinstance(weight, BlockQuantized) else weight for weight in weights]
+
+    def check() -> None:
+        true = F.linear(x.double(), dense[0].double())
+        assert_reduction(linear(x, packed[0]), F.linear(x, dense[0]), true)
+
+    measure(
+        args,
+        check,
+        lambda: [linear(x, weight, out=out) for weight in packed],
+        lambda: [F.linear(x, weight) for weight in dense],
+        op="linear",
+        case=case.id + (f"-x{copies}" if copies > 1 else ""),
+        dtype=weight_format.id,
+        flops=case.flops * copies,
+        bytes_moved=case.bytes(packed[0].nbytes) * copies,
+        peer="torch fp32",
+    )
+
+
+def main() -> None:
+    args = options(__doc__ or "")
+    set_threads(args.threads)
+    torch.manual_seed(0)
+    for case in BENCH_CASES:
+        for weight_format in FORMATS:
+            bench_case(args, case, weight_format)
+
+
+if __name__ == "__main__":
+    main()

@@ -131,9 +131,13 @@ def num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Threads for kernels called from the calling thread, torch's own included."""
+    """Threads for kernels called from the calling thread.
+
+    With compiled kernels torch itself gets one: it only moves small things between them, and its OpenMP workers would
+    spin for milliseconds after each of its calls on a CPU that our pool needs.
+    """
     import torch
 
-    torch.set_num_threads(n)
+    torch.set_num_threads(1 if choose("linear") == "cpp" else n)
     if C is not None:
         C.set_num_threads(n)

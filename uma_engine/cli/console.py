@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -65,11 +65,13 @@ class FetchProgress:
 
 
 @contextmanager
-def open_engine(args: argparse.Namespace, model: str | None = None) -> Iterator[tuple[Engine, str | None]]:
-    """The engine that `--model`, `--adapter` and `--threads` describe, and the name its adapter has, if any."""
+def open_engine(
+    args: argparse.Namespace, model: str | None = None, **options: Any
+) -> Iterator[tuple[Engine, str | None]]:
+    """The engine that `--model`, `--adapter`, `--threads` and `options` describe, and the name its adapter has, if any."""
     from uma_engine.tasks.api import Engine
 
-    options = {"max_lora_rank": 256}
+    options["max_lora_rank"] = 256
     if args.threads is not None:
         options["num_threads"] = args.threads
     with FetchProgress() as progress:

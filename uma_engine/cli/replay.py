@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> int:
                 "the record used an adapter but not from a directory", hint="name it with `--adapter DIR`"
             )
     candidates = [Candidate(c["id"], c["text"], c["facts"]) for c in record["candidates"]]
-    with open_engine(args, args.model or record["stack"]["model"]) as (engine, adapter):
+    recorded = {"max_model_len": options["engine"]["max_model_len"]}  # it decides what was cut
+    with open_engine(args, args.model or record["stack"]["model"], **recorded) as (engine, adapter):
         again = engine.rank(
             record["query"],
             candidates,

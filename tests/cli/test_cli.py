@@ -54,7 +54,7 @@ def test_rank_prints_a_table_with_warnings_and_the_cost(
         "rust",
         "nurse",
         "Ana Lima, Accountant",
-        "yes +",
+        "mean ",
         "tok",
         "not advice",
         "candidates/s",

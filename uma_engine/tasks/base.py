@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineBase"]
 
 ZERO_SHOT = (
-    "zero-shot: `{model}` was never tuned for ranking and no adapter was used; "
+    "zero-shot: no adapter was used and `{model}` is not known to be tuned for ranking; "
     "these scores show that the engine runs, they are not advice about people"
 )
 

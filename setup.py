@@ -6,6 +6,7 @@ on every machine: no -march=native. Without a working compiler the install goes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -29,6 +30,14 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ]  # fmt: skip
 
 
+def announce(message: str) -> None:
+    """Say it on standard error and, since pip hides that, on the terminal itself where there is one."""
+    print(message, file=sys.stderr)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+            terminal.write(message)
+
+
 class BuildKernels(build_ext):
     """build_ext with one object per (kernel source, instruction set); a failing compiler is reported, not fatal."""
 
@@ -38,10 +47,11 @@ class BuildKernels(build_ext):
         except Exception as error:
             if os.environ.get("UMA_REQUIRE_EXTENSION"):
                 raise
-            print(
+            reason = str(error).splitlines()[0][:200]
+            announce(
                 "\n*** uma-engine: the compiled kernels were NOT built; the (slow) reference back end will be used.\n"
-                f"*** reason: {error}\n*** hint: install a C++17 compiler (Debian: apt-get install g++) and reinstall\n",
-                file=sys.stderr,
+                f"*** reason: {reason}\n"
+                "*** hint: install GCC 12 or newer, or Clang (Debian: apt-get install g++), and install again\n"
             )
 
     def build_extension(self, ext: Extension) -> None:

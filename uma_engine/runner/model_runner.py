@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from uma_kernels.lora import PackedLora
 
 from uma_engine.config import EngineConfig, ModelConfig
 from uma_engine.core import RequestKind, SamplingParams, ScheduledChunk, SchedulerOutput, StepResult
 from uma_engine.errors import InvariantViolation
 from uma_engine.layers.batch_input import BatchInput, KVCacheTensors
 from uma_engine.runner.prepare import prepare
+from uma_kernels.lora import PackedLora
 from uma_kernels.sampling import SamplingBatch, sample
 
 __all__ = ["ModelRunner"]

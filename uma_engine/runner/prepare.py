@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from uma_kernels.lora import LoraRouting
 
 from uma_engine.core import NO_PARENT, Request, RequestKind, ScheduledChunk, SchedulerOutput
 from uma_engine.layers.batch_input import BatchInput, DecodeBatch
 from uma_kernels.attention import AttentionBatch
+from uma_kernels.lora import LoraRouting
 
 __all__ = ["PreparedStep", "prepare"]
 

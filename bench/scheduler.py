@@ -1,26 +1,22 @@
 """Host cost of scheduling: microseconds of `schedule()` and `update()` for each scheduled piece of work.
 
-Knows the scheduler and requests of token ids; runs no model. Usage: python -m bench.scheduler [--steps N] [--no-record]
+Knows the scheduler and requests of token ids; runs no model. Usage: python -m bench.scheduler [--steps N] [--no-save]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 
+from bench.rows import append_row
 from uma_engine.config import EngineConfig
 from uma_engine.core import Request, RequestKind, SamplingParams, Segment, StepResult
 from uma_engine.kv_cache import BlockPool
 from uma_engine.scheduler import Scheduler
 
-RESULTS = Path(__file__).parent / "results" / "scheduler.jsonl"
 LABEL_LOGITS = [0.0, 0.0]
 
 
@@ -97,14 +93,6 @@ def cost_of_submitting(num_leaves: int = 5000, repeats: int = 20) -> list[float]
     return costs
 
 
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def row(op: str, case: str, costs: list[float]) -> dict[str, object]:
     fifths = statistics.quantiles(costs, n=5)
     return {
@@ -114,17 +102,13 @@ def row(op: str, case: str, costs: list[float]) -> dict[str, object]:
         "us_per_item_p50": round(statistics.median(costs), 3),
         "us_per_item_p80": round(fifths[3], 3),
         "num_samples": len(costs),
-        "python": platform.python_version(),
-        "cpu": cpu_model(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m bench.scheduler", *sys.argv[1:]]),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.scheduler", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200, help="steps measured for each case")
-    parser.add_argument("--no-record", action="store_true", help=f"do not append to {RESULTS.name}")
+    parser.add_argument("--no-save", action="store_true", help="print, but add no rows")
     args = parser.parse_args()
     rows = [row("step", case, cost_of_steps(make(), args.steps)) for case, make in CASES.items()]
     rows.append(row("submit", "1 request, 5000 leaves of 20 tokens", cost_of_submitting()))
@@ -132,10 +116,9 @@ def main() -> int:
     for entry in rows:
         times = "".join(f"{entry[f'us_per_item_p{p}']:7.2f}" for p in (20, 50, 80))
         print(f"{entry['op']:7}{entry['case']:70}{times}")
-    if not args.no_record:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in rows)
+    if not args.no_save:
+        for entry in rows:
+            append_row("scheduler", entry)
     return 0
 
 

@@ -1,6 +1,7 @@
 """Benches of single ops, one module an op: `python -m bench.ops.linear`.
 
-Knows what all of them share: options, the threads of both sides, and that a wrong result gives no number.
+Knows what all of them share: options, the threads of both sides, shares of the machine's ceilings, and that a wrong
+result gives no number.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from bench import rows
+from bench.ceiling import ceiling
 from uma_kernels import dispatch
 
 
@@ -57,9 +59,13 @@ def measure(
         others_share=others.read(),
         **row,
     )
+    threads = extension.get_num_threads()
+    made["pct_fma"] = round(100 * made["gflop_s"] / ceiling("fp32_fma", threads), 1)
+    made["pct_read"] = round(100 * made["gb_s"] / ceiling("read", threads), 1)
     print(
         f"{made['op']:8} {made['dtype']:10} {made['case']:34} {made['p50_ms']:9.3f} ms {made['gflop_s']:8.1f} GFLOP/s"
-        f" {made['gb_s']:7.1f} GB/s   {made['ratio']:6.2f}x {made['peer']}   (others used {made['others_share']:.0%} of the machine)",
+        f" ({made['pct_fma']:.0f} % of FMA) {made['gb_s']:6.1f} GB/s ({made['pct_read']:.0f} % of read) {made['ratio']:6.2f}x"
+        f" {made['peer']}  (others used {made['others_share']:.0%} of the machine)",
         flush=True,
     )
     if not args.no_save:

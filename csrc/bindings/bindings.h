@@ -17,6 +17,7 @@ using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 void bind_runtime(pybind11::module_& m);
 void bind_activation(pybind11::module_& m);
 void bind_attention(pybind11::module_& m);
+void bind_ceiling(pybind11::module_& m);
 void bind_kv_cache(pybind11::module_& m);
 void bind_label_head(pybind11::module_& m);
 void bind_linear(pybind11::module_& m);

@@ -5,6 +5,7 @@ PYBIND11_MODULE(_C, m) {
   uma::bind_runtime(m);
   uma::bind_activation(m);
   uma::bind_attention(m);
+  uma::bind_ceiling(m);
   uma::bind_kv_cache(m);
   uma::bind_label_head(m);
   uma::bind_linear(m);

@@ -55,7 +55,9 @@ def paged_calls(case: PagedCase) -> tuple[Call, Call]:
     lengths = torch.tensor(case.context_lens, dtype=torch.int32)
     q = torch.randn(rows, case.heads, case.head_dim)
     out = torch.empty_like(q)
-    keys, values = torch.randn(2, rows, case.kv_heads, length, case.head_dim)
+    at = torch.arange(length)
+    slots = table[:, at // case.block_size].long() * case.block_size + at % case.block_size
+    keys, values = (cache[slots].transpose(1, 2).contiguous() for cache in (k_cache, v_cache))
     scale = case.head_dim**-0.5
 
     def ours() -> torch.Tensor:
@@ -74,10 +76,10 @@ def main() -> None:
     for case in (PREFILL, LEAVES, PAGED_CASES[-1]):
         ours, peer = tree_calls(case) if isinstance(case, TreeCase) else paged_calls(case)
 
-        def check(ours: Call = ours) -> None:
+        def check(ours: Call = ours, peer: Call = peer) -> None:
             with use_backend("reference"):
                 reference = ours().clone()
-            assert_reduction(ours(), reference, reference)
+            assert_reduction(ours(), peer().transpose(1, 2).reshape(reference.shape), reference)
 
         measure(
             args,

@@ -10,7 +10,9 @@ from typing import Any
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = ["EngineConfig", "ModelConfig", "RopeScaling"]
+__all__ = ["PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
+
+PRECISIONS = ("exact", "near")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class EngineConfig:
     max_lora_rank: int = 64
     num_threads: int | None = None  # None: UMA_NUM_THREADS, else the CPUs this process may use
     enable_prefix_cache: bool = True
-    precision: str = "exact"  # arithmetic of the linear layers: fp32 activations, fp32 accumulate
+    precision: str = "exact"  # arithmetic of the linear layers: exact is fp32, near has 16-bit activations
     seed: int = 0  # base of the seeds of requests that bring none
 
     def __post_init__(self) -> None:
@@ -38,9 +40,9 @@ class EngineConfig:
         for name in ("max_num_batched_tokens", "max_num_seqs", "block_size", "kv_cache_bytes", "max_lora_rank"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"`{name}` is `{getattr(self, name)}` but must be at least 1", param=name)
-        if self.precision != "exact":
+        if self.precision not in PRECISIONS:
             raise InvalidRequest(
-                f"`precision` is `{self.precision}` but this build offers only `exact`", param="precision"
+                f"`precision` is `{self.precision}` but must be one of {', '.join(PRECISIONS)}", param="precision"
             )
 
 

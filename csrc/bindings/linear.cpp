@@ -2,6 +2,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/linear.h"
+#include "cpu/linear_near.h"
 
 namespace uma {
 
@@ -31,6 +32,14 @@ void bind_linear(pybind11::module_& m) {
          uintptr_t bias, uintptr_t out) {
         UMA_SELECT(linear_ops)().linear(at<const float>(x), rows, packed_weight(data, n, k, bits, block_size, has_mins),
                                         at<const float>(bias), at<float>(out));
+      },
+      NoGil());
+  m.def(
+      "linear_near",
+      [](uintptr_t data, int64_t n, int64_t k, int bits, int block_size, bool has_mins, uintptr_t x, int64_t rows,
+         uintptr_t bias, uintptr_t out) {
+        UMA_SELECT(near_linear_ops)().linear(at<const float>(x), rows, packed_weight(data, n, k, bits, block_size, has_mins),
+                                             at<const float>(bias), at<float>(out), vnni_enabled());
       },
       NoGil());
   m.def(

@@ -13,6 +13,9 @@ void bind_runtime(pybind11::module_& m) {
       if (isa_available(isa)) names.append(isa_name(isa));
     return names;
   });
+  m.def("vnni_available", &vnni_available);
+  m.def("vnni_enabled", &vnni_enabled);
+  m.def("set_vnni", &set_vnni);
   m.def("hardware_threads", &hardware_threads);
   m.def("set_num_threads", &set_num_threads);
   m.def("get_num_threads", &get_num_threads);

@@ -5,10 +5,15 @@
 #include <cstring>
 #include <initializer_list>
 
+#ifdef UMA_HAVE_AVX2
+#include <cpuid.h>
+#endif
+
 namespace uma {
 namespace {
 
 std::atomic<int> g_isa{-1};
+std::atomic<bool> g_vnni{true};
 
 Isa best() {
   const char* wanted = std::getenv("UMA_ISA");
@@ -60,5 +65,23 @@ bool set_isa(const char* name) {
   }
   return false;
 }
+
+bool vnni_available() {
+#ifdef UMA_HAVE_AVX2
+  static const bool avx512_vnni = __builtin_cpu_supports("avx512vnni");
+  // Not a name every compiler knows: leaf 7, subleaf 1, EAX bit 4.
+  static const bool avx_vnni = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+  }();
+  return active_isa() == Isa::avx512 ? avx512_vnni : active_isa() == Isa::avx2 && avx_vnni;
+#else
+  return false;
+#endif
+}
+
+bool vnni_enabled() { return g_vnni.load(std::memory_order_relaxed) && vnni_available(); }
+
+void set_vnni(bool enabled) { g_vnni.store(enabled, std::memory_order_relaxed); }
 
 }  // namespace uma

@@ -1,4 +1,4 @@
-"""How right an op must be: four tolerance classes, poisoned memory, sentinels, and the form of a case table.
+"""How right an op must be: five tolerance classes, poisoned memory, sentinels, and the form of a case table.
 
 Knows how results are compared; does not know any op. No test file holds a literal tolerance.
 
@@ -6,6 +6,8 @@ EXACT       equality: moves, indices, scheduling.
 REDUCTION   max error against fp64 at most twice torch's own error in that dtype, with a floor per dtype.
 RANKING     scores within REDUCTION, order equal wherever two scores differ by more than the floor.
 INVARIANT   bitwise equality between two ways to compute the same row.
+NEAR        max error against fp64 at most 1e-4 of the true result's largest magnitude: arithmetic that rounds its inputs
+            to 16 bits on purpose.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 __all__ = [
     "assert_exact",
     "assert_invariant",
+    "assert_near",
     "assert_ranking",
     "assert_reduction",
     "poisoned_empty",
@@ -28,6 +31,9 @@ __all__ = [
 # Smallest error that counts, relative to the largest magnitude of the true result: a few units of the dtype's precision,
 # for cases where torch's own error happens to be zero.
 FLOOR = {torch.float32: 2.0**-20, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
+# Largest error of NEAR relative to the largest magnitude of the true result. Rounding to 16 bits moves each input by at most
+# 2^-16 of the largest of its block; over a row these errors add up like noise, not in a line.
+NEAR = 1e-4
 SENTINEL = -7.25e8
 
 
@@ -60,6 +66,17 @@ def assert_reduction(
     assert torch.isfinite(actual).all(), "a result is not finite"
     error = (actual.double() - true.double()).abs().max().item()
     bound = reduction_bound(torch_result, true, dtype)
+    assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
+
+
+def assert_near(actual: torch.Tensor, true: torch.Tensor) -> None:
+    """`actual` is as near to the fp64 result `true` as NEAR asks."""
+    assert actual.shape == true.shape, f"shape {list(actual.shape)} is not {list(true.shape)}"
+    if true.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), "a result is not finite"
+    error = (actual.double() - true.double()).abs().max().item()
+    bound = NEAR * true.double().abs().max().item()
     assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
 
 

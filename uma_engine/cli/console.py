@@ -68,10 +68,15 @@ class FetchProgress:
 def open_engine(
     args: argparse.Namespace, model: str | None = None, **options: Any
 ) -> Iterator[tuple[Engine, str | None]]:
-    """The engine that `--model`, `--adapter`, `--threads` and `options` describe, and the name its adapter has, if any."""
+    """The engine that `--model`, `--adapter`, `--precision`, `--threads` and `options` describe, and its adapter's name, if any.
+
+    What is given on the command line goes before `options`.
+    """
     from uma_engine.tasks.api import Engine
 
     options["max_lora_rank"] = 256
+    if args.precision is not None:
+        options["precision"] = args.precision
     if args.threads is not None:
         options["num_threads"] = args.threads
     with FetchProgress() as progress:

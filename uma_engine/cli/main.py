@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from uma_engine._version import __version__
+from uma_engine.config import PRECISIONS
 from uma_engine.errors import UmaError
 
 __all__ = ["main"]
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
     replay = commands.add_parser("replay", help="recompute a decision record and compare every bit")
     replay.add_argument("record", metavar="RECORD", help="a file written by `uma rank --record`")
-    _model_options(replay, default_model=None)
+    _model_options(replay, recorded=True)
     replay.set_defaults(run=_lazy("replay"))
 
     models = commands.add_parser("models", help="list the models known by name")
@@ -102,14 +103,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_options(parser: argparse.ArgumentParser, default_model: str | None = DEFAULT_MODEL) -> None:
+def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> None:
+    """`recorded`: what is left out comes from a decision record."""
     parser.add_argument(
         "--model",
-        default=default_model,
+        default=None if recorded else DEFAULT_MODEL,
         metavar="ID|PATH",
-        help=f"catalog name, hub id or path (default: {default_model or 'the recorded one'})",
+        help=f"catalog name, hub id or path (default: {'the recorded one' if recorded else DEFAULT_MODEL})",
     )
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=None if recorded else "exact",
+        help="arithmetic of the linear layers: exact is fp32; near has 16-bit activations and is faster "
+        f"(default: {'the recorded one' if recorded else 'exact'})",
+    )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)"
     )

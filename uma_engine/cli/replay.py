@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> int:
                 "the record used an adapter but not from a directory", hint="name it with `--adapter DIR`"
             )
     candidates = [Candidate(c["id"], c["text"], c["facts"]) for c in record["candidates"]]
-    recorded = {"max_model_len": options["engine"]["max_model_len"]}  # it decides what was cut
+    # What decided where candidates were cut, and the arithmetic.
+    recorded = {name: options["engine"][name] for name in ("max_model_len", "precision")}
     with open_engine(args, args.model or record["stack"]["model"], **recorded) as (engine, adapter):
         again = engine.rank(
             record["query"],

@@ -23,18 +23,24 @@ class AdapterSites(Protocol):
 
 
 class Linear:
-    """y = x W^T + bias, plus each row's adapter. `site` names the layer, as in `layers.3.self_attn.q_proj`."""
+    """y = x W^T + bias, plus each row's adapter. `site` names the layer, as in `layers.3.self_attn.q_proj`.
 
-    __slots__ = ("bias", "site", "weight")
+    `precision` is that of the product with the weight (`uma_kernels.linear`); adapters always compute in fp32.
+    """
 
-    def __init__(self, site: str, weight: PackedLinear, bias: torch.Tensor | None = None) -> None:
+    __slots__ = ("bias", "precision", "site", "weight")
+
+    def __init__(
+        self, site: str, weight: PackedLinear, bias: torch.Tensor | None = None, precision: str = "exact"
+    ) -> None:
         self.site = site
         self.weight = weight
         self.bias = bias
+        self.precision = precision
 
     def __call__(self, x: torch.Tensor, routing: LoraRouting | None, adapters: AdapterSites | None) -> torch.Tensor:
         """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked."""
-        out = linear(x, self.weight, self.bias)
+        out = linear(x, self.weight, self.bias, precision=self.precision)
         if routing is not None and adapters is not None:
             lora(x, out, adapters.sites_of(self.site), routing)
         return out

@@ -30,7 +30,8 @@ class DecoderModel:
 
     `head` holds the weight of the logits [V, K]; a tied model shares it with the embedding. `num_bytes` is the memory
     of weights and rotary tables. `flops_per_token` counts the block's matrix products for one token (a multiply and
-    an add are two), without attention and without logits.
+    an add are two), without attention and without logits. `precision` is the arithmetic of the blocks' linear layers
+    (`uma_kernels.linear`); logits are always exact.
     """
 
     # What an architecture declares; the rest is in its ModelConfig.
@@ -39,8 +40,11 @@ class DecoderModel:
     post_norms = False  # norms after attention and after the MLP, besides those before
     scaled_embedding = False  # embeddings times sqrt(hidden_size)
 
-    def __init__(self, config: ModelConfig, weights: WeightReader, max_positions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: WeightReader, max_positions: int, precision: str = "exact"
+    ) -> None:
         self.config = config
+        self.precision = precision
         self.max_positions = max_positions
         self._sites: dict[str, tuple[int, int]] = {}
         c = config
@@ -108,7 +112,8 @@ class DecoderModel:
             site = f"layers.{layer}.{name}"
             weight = weights.linear(f"model.{site}.weight", (width_out, width_in))
             self._sites[site] = (width_in, width_out)
-            return Linear(site, weight, weights.vector(f"model.{site}.bias", width_out) if has_bias else None)
+            bias = weights.vector(f"model.{site}.bias", width_out) if has_bias else None
+            return Linear(site, weight, bias, self.precision)
 
         def norm(name: str, width: int = hidden) -> RMSNorm:
             return RMSNorm(weights.vector(f"model.layers.{layer}.{name}.weight", width), c.rms_norm_eps)

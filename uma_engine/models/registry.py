@@ -28,10 +28,13 @@ ARCHITECTURES: dict[str, type[DecoderModel]] = {
 
 
 @torch.inference_mode()
-def load_model(source: WeightSource, *, max_positions: int, progress: Progress | None = None) -> DecoderModel:
+def load_model(
+    source: WeightSource, *, max_positions: int, precision: str = "exact", progress: Progress | None = None
+) -> DecoderModel:
     """Build the model that `source` describes, packing its tensors one at a time.
 
-    `max_positions` bounds the positions it will be asked for; `progress(done, total)` counts tensors.
+    `max_positions` bounds the positions it will be asked for; `precision`, exact or near, is the arithmetic of its linear
+    layers; `progress(done, total)` counts tensors.
 
     Errors:  UnsupportedModel for an unknown architecture or a tensor the architecture does not use; CorruptFile for a
              missing tensor or a wrong shape
@@ -43,4 +46,4 @@ def load_model(source: WeightSource, *, max_positions: int, progress: Progress |
             f"the architecture `{config.architecture}` is not supported",
             hint=f"supported are {', '.join(ARCHITECTURES)}",
         )
-    return found(config, WeightReader(source, progress), max_positions)
+    return found(config, WeightReader(source, progress), max_positions, precision)

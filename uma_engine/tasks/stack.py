@@ -55,7 +55,7 @@ class Stack:
         self.template = ChatTemplate(files.chat_template, self.tokenizer)
         num_blocks = max(1, config.kv_cache_bytes // self._block_bytes())
         self.max_model_len = self._max_model_len(num_blocks)
-        self.model = load_model(files, max_positions=self.max_model_len)
+        self.model = load_model(files, max_positions=self.max_model_len, precision=config.precision)
         self.backend = dispatch.description()
         self.adapters = AdapterRegistry(config.max_loras, config.max_lora_rank, self.model.sites())
         self.block_pool = BlockPool(num_blocks, config.block_size)

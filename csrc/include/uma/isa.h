@@ -11,6 +11,11 @@ bool set_isa(const char* name); // false: unknown, not compiled in, or the CPU l
 const char* isa_name(Isa isa);
 bool isa_available(Isa isa);
 
+// Instructions beyond the active set that multiply 16-bit pairs and add (AVX-512 VNNI, AVX-VNNI). They change no bit.
+bool vnni_available();          // the CPU has the active set's form of them
+bool vnni_enabled();            // available, and not switched off
+void set_vnni(bool enabled);    // for tests and benches
+
 // Each op declares its table of functions once per namespace; UMA_SELECT picks the active one.
 //   namespace uma { UMA_DECLARE_PER_ISA(const ActivationOps& activation_ops();) }
 //   ... UMA_SELECT(activation_ops)().swiglu(...)

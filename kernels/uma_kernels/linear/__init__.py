@@ -1,6 +1,7 @@
 """Matrix products with a packed weight, dense or block-quantised.
 
-Knows weights and rows; does not know layers or files. A weight is packed once, for the back end in force at that time.
+Knows weights and rows; does not know layers or files. A weight is packed once, for the back end in force at that time;
+the same packed weight serves every precision.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ from uma_kernels.dispatch import choose
 from uma_kernels.linear import cpp, reference
 from uma_kernels.linear.formats import BlockQuantized
 
-__all__ = ["BlockQuantized", "PackedLinear", "gather_rows", "linear", "pack"]
+__all__ = ["PRECISIONS", "BlockQuantized", "PackedLinear", "gather_rows", "linear", "pack"]
+
+PRECISIONS = ("exact", "near")  # see `linear`
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedLinear:
-    """A weight [N, K] prepared for `backend`; the tensors it was made from are not kept."""
+    """A weight [N, K] prepared for `backend`. A dense one, and any in cpp, is a copy: what it was made from is not kept."""
 
     backend: str
     shape: tuple[int, int]
@@ -27,6 +30,7 @@ class PackedLinear:
     handle: tuple[
         int, int, int, int, int, bool
     ]  # cpp: address, N, K, bits, block size, has minima; see csrc/bindings/linear.h
+    blocks: BlockQuantized | None = None  # reference: the blocks of a quantised weight, which `near` multiplies
 
     @property
     def nbytes(self) -> int:
@@ -53,26 +57,47 @@ def pack(weight: torch.Tensor | BlockQuantized) -> PackedLinear:
         raise ShapeError(f"`weight` has shape {[rows, width]} but must not be empty")
     backend = choose("linear", device.type)
     data, handle = (cpp if backend == "cpp" else reference).pack(weight)
-    return PackedLinear(backend, (rows, width), data, handle)
+    blocks = weight if backend != "cpp" and isinstance(weight, BlockQuantized) else None
+    return PackedLinear(backend, (rows, width), data, handle, blocks)
 
 
 def linear(
-    x: torch.Tensor, weight: PackedLinear, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: PackedLinear,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    precision: str = "exact",
 ) -> torch.Tensor:
     """
-    Semantics:  out = x @ w.T + bias
+    Semantics:  out = x @ w.T + bias. `precision` says in which arithmetic:
+                `exact`  fp32; a quantised weight counts as its dequantised fp32 value
+                `near`   of each row of x and each block of the weight (`block_size` k): scale_x = max |x| / 32767,
+                         q_x = round_half_even(x * (32767 / max |x|)), 16-bit integers; then, block after block,
+                         out += float(sum of q_x * q_w) * (scale_x * scale_w) and, where the weight has minima,
+                         out += (scale_x * sum of q_x) * min_w; the bias last. Sums of integers are exact, the rest is fp32.
+                         A block whose max |x| is below 2^-90 counts as zeros. A row with a NaN or an infinity gives NaN
+                         in the whole of that row. A dense weight has no blocks: `near` is `exact` for it
     Shapes:     x [T, K] . weight [N, K] . bias [N] or None . out [T, N]; `out` must not overlap `x`
-    Numerics:   fp32; a quantised weight counts as its dequantised fp32 value; cpp: batch-invariant: the order of summing
-                depends on K alone (see csrc/cpu/linear_tile.h)
-    Errors:     ShapeError when shapes or dtypes do not fit
-    Source:     panels and register tiles as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015)
+    Numerics:   both in cpp: batch-invariant: the order of summing depends on K alone (csrc/cpu/linear_tile.h, linear_near.h).
+                `exact`: REDUCTION against fp64. `near`: REDUCTION against the fp64 value of what is said above, NEAR
+                against the fp64 product with x as it is
+    Errors:     ShapeError when shapes or dtypes do not fit, ValueError for another precision
+    Source:     panels and register tiles as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015); integer products with
+                sums of x for the minima as in ggml's Q8_1 (github.com/ggml-org/ggml), with 16 bits in place of 8
     """
     rows, width = weight.shape
     check("x", x, (None, width))
     if bias is not None:
         check("bias", bias, (rows,))
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` is `{precision}` but must be one of {', '.join(PRECISIONS)}")
     out = out_like("out", out, (x.shape[0], rows), x)
-    (cpp if weight.backend == "cpp" else reference).linear(x, weight.data, weight.handle, bias, out)
+    if weight.backend == "cpp":
+        (cpp.linear_near if precision == "near" else cpp.linear)(x, weight.data, weight.handle, bias, out)
+    elif precision == "near" and weight.blocks is not None:
+        reference.linear_near(x, weight.blocks, bias, out)
+    else:
+        reference.linear(x, weight.data, weight.handle, bias, out)
     return out
 
 

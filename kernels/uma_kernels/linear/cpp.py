@@ -1,4 +1,4 @@
-"""Matrix products in C++ (csrc/cpu/linear.cpp, linear_packed.cpp). Shapes are checked by the caller."""
+"""Matrix products in C++ (csrc/cpu/linear.cpp, linear_near.cpp, linear_packed.cpp). Shapes are checked by the caller."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def pack(weight: torch.Tensor | BlockQuantized) -> tuple[torch.Tensor, Handle]:
 
 def linear(x: torch.Tensor, data: torch.Tensor, handle: Handle, bias: torch.Tensor | None, out: torch.Tensor) -> None:
     extension().linear(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr())
+
+
+def linear_near(
+    x: torch.Tensor, data: torch.Tensor, handle: Handle, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    kernels = extension()
+    multiply = kernels.linear if handle[3] == 32 else kernels.linear_near
+    multiply(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr())
 
 
 def gather_rows(data: torch.Tensor, handle: Handle, ids: torch.Tensor, out: torch.Tensor) -> None:

@@ -50,13 +50,16 @@ class BlockQuantized:
         rows, stored = self.quants.shape
         return rows, stored * (8 // self.bits)
 
+    def unpacked(self) -> torch.Tensor:
+        """The quants [N, K], one a byte."""
+        if self.bits == 8:
+            return self.quants
+        return torch.stack((self.quants & 15, self.quants >> 4), dim=-1).reshape(self.shape)
+
     def dequantize(self) -> torch.Tensor:
         """The weight as fp32 [N, K]: the product, then the sum, each rounded to fp32 as ggml does it."""
         rows, width = self.shape
-        quants = self.quants
-        if self.bits == 4:
-            quants = torch.stack((quants & 15, quants >> 4), dim=-1)
-        weight = quants.reshape(rows, -1, self.block_size).to(torch.float32) * self.scales[:, :, None]
+        weight = self.unpacked().reshape(rows, -1, self.block_size).to(torch.float32) * self.scales[:, :, None]
         if self.mins is not None:
             weight = weight + self.mins[:, :, None]
         return weight.reshape(rows, width)

@@ -7,13 +7,21 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/uma/*.h) setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help rank test test-fast check lint format types imports sanitize bench build clean doctor
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
+# Without ensurepip `python -m venv` fails half-way: what it made is removed, or the next run would take it for whole.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@made=; test -e "$(VENV)" || made=yes; \
+	echo '$(PYTHON) -m venv $(VENV)'; \
+	$(PYTHON) -m venv "$(VENV)" || { \
+	  test -z "$$made" || rm -rf "$(VENV)"; \
+	  echo 'error: no virtual environment could be made' >&2; \
+	  echo 'hint: install Python 3.11 or newer with its venv module (Debian: apt-get install python3-venv)' >&2; \
+	  exit 1; }
 
 # Plain users need the core only; developers' extras come with the first `make test`.
 $(STAMP): $(BIN)/python $(SOURCES)

@@ -15,6 +15,16 @@ __all__ = ["PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
 PRECISIONS = ("exact", "near")
 
 
+MAY_BE_ZERO = frozenset({"max_loras", "seed"})
+MAX_INT = {
+    "num_threads": 256,
+    "block_size": 4096,
+    "max_num_batched_tokens": 2**20,
+    "max_lora_rank": 256,
+    "max_loras": 2**15,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """Options of one engine. Names follow vLLM where they exist there."""
@@ -35,11 +45,21 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type == "int" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-                raise InvalidRequest(f"`{f.name}` is `{value!r}` but must be a non-negative integer", param=f.name)
-        for name in ("max_num_batched_tokens", "max_num_seqs", "block_size", "kv_cache_bytes", "max_lora_rank"):
-            if getattr(self, name) < 1:
-                raise InvalidRequest(f"`{name}` is `{getattr(self, name)}` but must be at least 1", param=name)
+            if value is None and f.type == "int | None":
+                continue
+            if f.type in ("int", "int | None"):
+                low = 0 if f.name in MAY_BE_ZERO else 1
+                if (
+                    isinstance(value, bool)
+                    or not isinstance(value, int)
+                    or not low <= value <= MAX_INT.get(f.name, 2**62)
+                ):
+                    most = f" and at most {MAX_INT[f.name]}" if f.name in MAX_INT else ""
+                    raise InvalidRequest(
+                        f"`{f.name}` is `{value!r}` but must be an integer of at least {low}{most}", param=f.name
+                    )
+            elif f.type == "bool" and not isinstance(value, bool):
+                raise InvalidRequest(f"`{f.name}` is `{value!r}` but must be True or False", param=f.name)
         if self.precision not in PRECISIONS:
             raise InvalidRequest(
                 f"`precision` is `{self.precision}` but must be one of {', '.join(PRECISIONS)}", param="precision"

@@ -6,12 +6,13 @@ Knows token ids and counters; does not know text templates, tensors or who sched
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
 
-from uma_engine.errors import InvalidRequest
+from uma_engine.errors import InvalidRequest, UmaError
 
 __all__ = [
     "AdapterRef",
@@ -47,6 +48,10 @@ class Candidate:
                 f" `{type(self.text).__name__}`",
                 hint="both must be strings",
             )
+        if not isinstance(self.facts, Mapping):
+            raise InvalidRequest(
+                f"`facts` of candidate `{self.id}` is a `{type(self.facts).__name__}` but must be a mapping"
+            )
         for key, value in self.facts.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InvalidRequest(
@@ -79,22 +84,55 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "finite and not negative"),
-            ("top_k", self.top_k >= 0, "0 (off) or positive"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and positive"),
-            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2]"),
-            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
-            ("stop", all(isinstance(s, str) and s for s in self.stop), "non-empty strings"),
+        for name in ("stop", "stop_token_ids"):
+            try:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            except TypeError:
+                raise _bad(name, getattr(self, name), "a sequence") from None
+        # Values travel to the kernels as fp32, int32 and int64: what does not fit must fail here, not in a shared step.
+        for name, low in (("max_tokens", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if not _is_int(value) or not low <= value < 2**31:
+                raise _bad(name, value, f"an integer from {low} on")
+        if self.seed is not None and (not _is_int(self.seed) or not -(2**63) <= self.seed < 2**63):
+            raise _bad("seed", self.seed, "None or a 64-bit integer")
+        floats = (
+            ("temperature", lambda x: x >= 0, "finite and not negative"),
+            ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
+            ("min_p", lambda x: 0 <= x <= 1, "in [0, 1]"),
+            ("repetition_penalty", lambda x: x > 0, "finite and positive"),
+            ("presence_penalty", lambda x: -2 <= x <= 2, "in [-2, 2]"),
+            ("frequency_penalty", lambda x: -2 <= x <= 2, "in [-2, 2]"),
         )
-        for name, good, rule in checks:
-            if not good:
-                raise InvalidRequest(f"`{name}` is `{getattr(self, name)}` but must be {rule}", param=name)
+        for name, fits, rule in floats:
+            value = _as_fp32(getattr(self, name))
+            if value is None or not fits(value):
+                raise _bad(name, getattr(self, name), f"{rule}, as a 32-bit float")
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise _bad("stop", self.stop, "non-empty strings")
+        if not all(_is_int(t) and 0 <= t < 2**31 for t in self.stop_token_ids):
+            raise _bad("stop_token_ids", self.stop_token_ids, "token ids")
+        if not isinstance(self.ignore_eos, bool):
+            raise _bad("ignore_eos", self.ignore_eos, "True or False")
+
+
+def _is_int(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_fp32(value: object) -> float | None:
+    """The value as a 32-bit float holds it; None for what is no finite number there."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        rounded = struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return None
+    return rounded if math.isfinite(rounded) else None
+
+
+def _bad(name: str, value: object, rule: str) -> InvalidRequest:
+    return InvalidRequest(f"`{name}` is `{value!r}` but must be {rule}", param=name)
 
 
 class RequestKind(Enum):
@@ -275,6 +313,8 @@ class SchedulerOutput:
 
 @dataclass(slots=True)
 class StepResult:
-    """What the runner computed, one entry per chunk with `wants_output`, in chunk order: label logits or a token id."""
+    """What the runner computed, one entry per chunk with `wants_output`, in chunk order: label logits, a token id, or
+    the error that ends this request alone.
+    """
 
-    outputs: list[list[float] | int]
+    outputs: list[list[float] | int | UmaError]

@@ -5,6 +5,8 @@ Knows the words of failure; does not know who raises them, prints them or serves
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "AdapterError",
     "CorruptFile",
@@ -13,6 +15,7 @@ __all__ = [
     "EngineUnavailable",
     "InvalidRequest",
     "InvariantViolation",
+    "ModelOverflow",
     "Overloaded",
     "RequestCancelled",
     "TooLarge",
@@ -45,8 +48,10 @@ class UmaError(Exception):
         return _rebuild, (type(self), self.message, self.hint, self.param)
 
 
-def _rebuild(cls: type[UmaError], message: str, hint: str | None, param: str | None) -> UmaError:
-    return cls(message, hint=hint, param=param)
+def _rebuild(
+    cls: type[UmaError], message: str, hint: str | None, param: str | None, extra: dict[str, Any] | None = None
+) -> UmaError:
+    return cls(message, hint=hint, param=param, **(extra or {}))
 
 
 class InvalidRequest(UmaError):
@@ -101,6 +106,9 @@ class Overloaded(UmaError):
         super().__init__(message, hint=hint, param=param)
         self.retry_after = retry_after
 
+    def __reduce__(self):
+        return _rebuild, (type(self), self.message, self.hint, self.param, {"retry_after": self.retry_after})
+
 
 class RequestCancelled(UmaError):
     """The caller gave the request up before it finished."""
@@ -122,6 +130,12 @@ class DeadlineExceeded(UmaError):
     """The request's deadline passed before it finished; what it held is freed."""
 
     status = 504
+
+
+class ModelOverflow(UmaError):
+    """The model's own arithmetic overflowed for this request: an adapter or base whose weights are too large."""
+
+    status = 500
 
 
 class InvariantViolation(UmaError):

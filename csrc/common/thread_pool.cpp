@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -43,9 +44,10 @@ int cgroup_quota() {
 // busy runs its own tasks alone), so engines in one process never oversubscribe the machine through it.
 class Pool {
  public:
+  // Never destroyed: helpers may outlive static destructors. A forked child has none of the helpers, and locks that were held
+  // at the fork stay so: it gets a pool of its own.
   static Pool& get() {
-    static Pool* pool = new Pool;  // never destroyed: helpers may outlive static destructors
-    return *pool;
+    return *instance();
   }
 
   void run(int threads, int64_t n, TaskFn fn, void* context) {
@@ -54,13 +56,15 @@ class Pool {
       return;
     }
     std::lock_guard<std::mutex> hold(owner_, std::adopt_lock);
-    if (pid_ != getpid()) {  // after fork the helpers are gone
-      helpers_ = 0;
-      active_.store(0);
-      pid_ = getpid();
+    int wanted = static_cast<int>(std::min<int64_t>({threads, n, kMostThreads})) - 1;
+    try {
+      while (helpers_ < wanted) {
+        spawn(helpers_);
+        ++helpers_;
+      }
+    } catch (const std::system_error&) {  // no more threads to be had: go on with those there are
+      wanted = helpers_;
     }
-    const int wanted = static_cast<int>(std::min<int64_t>(threads, n)) - 1;
-    while (helpers_ < wanted) spawn(helpers_++);
     fn_ = fn;
     context_ = context;
     total_ = n;
@@ -76,6 +80,16 @@ class Pool {
   }
 
  private:
+  static constexpr int64_t kMostThreads = 256;
+
+  static Pool*& instance() {
+    static Pool* pool = [] {
+      pthread_atfork(nullptr, nullptr, [] { instance() = new Pool; });
+      return new Pool;
+    }();
+    return pool;
+  }
+
   void spawn(int index) {
     const uint64_t seen = ticket_.load();
     std::thread([this, index, seen] { loop(index, seen); }).detach();
@@ -119,7 +133,6 @@ class Pool {
   void* context_ = nullptr;
   int64_t total_ = 0;
   int helpers_ = 0;
-  pid_t pid_ = getpid();
 };
 
 int default_threads() {

@@ -15,13 +15,13 @@ namespace UMA_ISA {
 namespace {
 
 constexpr int kPairs = 16;  // room for the pairs of one row's block; a block of 16 fills half of it
-constexpr int kNearRows = 6;  // rows of the largest tile: its integer sums, and with AVX-512 those in fp32, fill the registers
-// Pairs in one turn of the inner loop. With 16 registers all taken, a longer turn makes GCC move sums about.
+// Rows of the largest tile. Its integer sums stay in registers; those in fp32 are touched once a block, and some wait in memory.
 #if defined(UMA_ISA_AVX512)
-constexpr int kTurn = 4;
+constexpr int kNearRows = 8;
 #else
-constexpr int kTurn = 2;
+constexpr int kNearRows = 6;
 #endif
+constexpr int kTurn = 2;  // pairs in one turn of the inner loop; in longer ones GCC moves sums about
 
 typedef int16_t vs __attribute__((vector_size(kLanes * 2)));
 typedef int16_t vsu __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));

@@ -130,6 +130,21 @@ def num_threads() -> int:
     return int(wanted) if wanted.isdigit() and int(wanted) else len(os.sched_getaffinity(0))
 
 
+@contextlib.contextmanager
+def threads(n: int) -> Iterator[None]:
+    """`set_num_threads(n)` for the calling thread while inside; what its owner had set comes back."""
+    import torch
+
+    before = torch.get_num_threads(), C.get_num_threads() if C is not None else 0
+    set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        if C is not None:
+            C.set_num_threads(before[1])
+
+
 def set_num_threads(n: int) -> None:
     """Threads for kernels called from the calling thread.
 

@@ -69,14 +69,14 @@ def assert_reduction(
     assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
 
 
-def assert_near(actual: torch.Tensor, true: torch.Tensor) -> None:
-    """`actual` is as near to the fp64 result `true` as NEAR asks."""
+def assert_near(actual: torch.Tensor, true: torch.Tensor, products: int = 1) -> None:
+    """`actual` is as near to the fp64 result `true` as NEAR asks; of `products` in a row, each may add its error."""
     assert actual.shape == true.shape, f"shape {list(actual.shape)} is not {list(true.shape)}"
     if true.numel() == 0:
         return
     assert torch.isfinite(actual).all(), "a result is not finite"
     error = (actual.double() - true.double()).abs().max().item()
-    bound = NEAR * true.double().abs().max().item()
+    bound = products * NEAR * true.double().abs().max().item()
     assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
 
 

@@ -130,7 +130,7 @@ def test_unknown_options_and_bad_values_are_refused(tiny_dir: Path) -> None:
     for options, says in (
         ({"max_sequences": 3}, "unknown engine option"),
         ({"max_num_seqs": 0}, "at least 1"),
-        ({"max_num_seqs": True}, "non-negative integer"),
+        ({"max_num_seqs": True}, "an integer of at least 1"),
         ({"max_model_len": 10**9}, "positions"),
         ({"kv_cache_bytes": 2**16, "max_model_len": 8192}, "KV cache holds"),
         ({"precision": "guess"}, "`precision`"),

@@ -88,7 +88,7 @@ def test_five_thousand_candidates(make_engine: Callable[..., Engine]) -> None:
 
 
 def test_a_long_candidate_is_cut_inside_its_own_text_and_says_so(engine: Engine) -> None:
-    text = "Rust and Linux and databases. " * 50
+    text = ("Rust and Linux and databases. " * 50).strip()
     tokens = engine.tokenize(text)
     answer = engine.rank(JOB, ["short", text], max_tokens_per_candidate=40)
     cut = answer.all_results[1]

@@ -187,7 +187,7 @@ def test_the_number_of_threads_changes_no_bit(tokens: int, backend: str) -> None
 
 
 @cpp_only
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 40])
 def test_vnni_instructions_change_no_bit(tokens: int, backend: str) -> None:
     """Where the CPU has them; where not, both calls take the same path."""
     extension = dispatch.extension()

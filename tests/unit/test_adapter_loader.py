@@ -6,6 +6,9 @@ import contextlib
 import json
 import math
 import os
+import re
+import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from uma_engine.adapters import load_adapter
+from uma_engine.adapters.patterns import refuse_slow_pattern
 from uma_engine.errors import AdapterError
 from uma_kernels.lora import LoraRouting, lora
 from uma_kernels.testing import assert_reduction
@@ -149,12 +153,133 @@ def test_a_configuration_we_cannot_honour_is_refused(write: Write, changes: dict
     assert "`jobs-de`" in error.value.message
 
 
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj)))"
+)
+# The slowest of their kinds that are let through, and what people write.
+QUICK = [
+    UNSLOTH,
+    r".*\.layers\.\d+\.self_attn\.(q|v)_proj",
+    r"model\.layers\.(0|1|2)\..*",
+    r".*(q_proj|k_proj)$",
+    r"^(?!.*vision).*(?:q_proj|k_proj).*$",
+    r"model\.layers\.(?:[0-9]|1[0-9]|2[0-3])\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    r".*language_model.*layers.*self_attn.*q_proj",
+    r".*?.*?.*?[xy]",
+    r"(.*)(.*)(.*)x",
+    r".*.*.*[a-z.]{60}X",
+    r".*.*.*" + "a?" * 4 + "x",
+    r".*.*.*" + "(a)" * 40 + "x",
+    r"(a{0,7})" * 7 + "x",
+    r"(a|a)" * 16 + "x",
+    r"(.)*(.)*(.)*x",
+    r"(?:(?!vision).)*(?:(?!vision).)*q_proj",
+    r"(?:.*a)?(?:.*a)?(?:.*a)?x",
+    "|".join(f".*.*.*x{i}" for i in range(8)),
+]
+LONG_NAMES = [
+    "model.language_model.layers.1023.self_attn.q_proj",
+    ("model.language_model.layers.10.self_attn.q_proj." * 3)[:100],
+    ("text.mlp.q_proj." * 7)[:100],
+    "a" * 100,
+    "ab" * 50,
+]
+
+
+@pytest.mark.parametrize("pattern", QUICK, ids=lambda pattern: pattern[:40])
+def test_a_pattern_that_is_let_through_is_quick(pattern: str) -> None:
+    refuse_slow_pattern(pattern, pattern, "`target_modules`")
+    compiled = re.compile(pattern)
+    for name in LONG_NAMES:
+        # The best of three, in processor time: this measures the pattern, not what else the machine does.
+        spent = []
+        for _ in range(3):
+            start = time.thread_time()
+            compiled.fullmatch(name)
+            spent.append(time.thread_time() - start)
+        assert min(spent) < 0.05, name
+
+
+SLOW = {
+    r"(a|a|[a-z._0-9]+)+$x": "a repeat holds alternatives",
+    r"([a-z._0-9]+)+x": "a repeat holds another repeat",
+    r"(?:(?:[a-z]*)\.?)*x": "a repeat holds another repeat",
+    r"(a?){60}x": "a repeat holds another repeat",
+    r"(?:(aa|bb|ac))*x": "a repeat holds alternatives",
+    r"(?>(?:a|ab)*)*x": "a repeat holds",
+    r"(?:a(?=.*x))*x": "a repeat holds another repeat",
+    ".*" * 4 + "x": "too many ways",
+    ".*?" * 8 + "x": "too many ways",
+    "a{0,90}" * 30 + "x": "too many ways",
+    "(.*x)?" * 30: "",
+    "a?" * 40 + "x": "too many ways",
+    "(a|a)" * 40 + "x": "too many ways",
+    "(?=.*.*.*.*x)": "too many ways",
+    ".*.*.*(" + "|".join("a" * i + "y" for i in range(1, 50)) + ")": "too many ways",
+    "(a)?" + "(?(1)b|c)": "it uses `groupref_exists`",
+}
+
+
+@pytest.mark.parametrize(("pattern", "reason"), SLOW.items(), ids=lambda value: value[:40])
+def test_a_pattern_that_could_freeze_the_process_is_refused_at_once(write: Write, pattern: str, reason: str) -> None:
+    start = time.thread_time()
+    with pytest.raises(AdapterError) as error:
+        load_adapter(write({"target_modules": pattern}), SITES, max_rank=8)
+    assert time.thread_time() - start < 1.0
+    assert "could take too long to match" in error.value.message
+    assert reason in error.value.message
+    assert "list" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("exclude_modules", "([a-z]+)+x"),
+        ("rank_pattern", {"([a-z]+)+x": 4}),
+        ("alpha_pattern", {"([a-z]+)+x": 4}),
+        ("alpha_pattern", {".*?.*?.*?x": 4}),  # a fourth `.*` is put before a key
+        ("layers_pattern", ["([a-z]+)+x"]),
+        ("layers_pattern", "([a-z]+)+x"),
+    ],
+    ids=str,
+)
+def test_every_field_with_patterns_is_guarded(write: Write, field: str, value: Any) -> None:
+    with pytest.raises(AdapterError, match="could take too long") as error:
+        load_adapter(write({field: value}), SITES, max_rank=8)
+    assert f"`{field}`" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rank_pattern", {"(?i)q_proj": 4}), ("layers_pattern", "(?P<layer>layers)"), ("layers_pattern", "(?i)layers")],
+    ids=str,
+)
+def test_a_pattern_that_is_none_where_it_is_matched_is_refused(write: Write, field: str, value: Any) -> None:
+    with pytest.raises(AdapterError, match="is not a pattern"):
+        load_adapter(write({field: value, "layers_to_transform": [0, 1]}), SITES, max_rank=8)
+
+
+@pytest.mark.parametrize("target", [UNSLOTH, r".*\.layers\.\d+\.\w+\.(q|down)_proj"], ids=["unsloth", "plain"])
+def test_an_adapter_with_a_pattern_of_the_usual_kind_loads(write: Write, target: str) -> None:
+    assert load_adapter(write({"target_modules": target}), SITES, max_rank=8).packed.keys() == SITES.keys()
+
+
+def test_plain_names_load_where_patterns_cannot_be_checked(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "re._parser", None)
+    assert load_adapter(write({"rank_pattern": {"q_proj": 4}}), SITES, max_rank=8).rank == 4
+    with pytest.raises(AdapterError, match="this Python cannot check"):
+        load_adapter(write({"target_modules": ".*(q|down)_proj"}), SITES, max_rank=8)
+
+
 def test_a_rank_above_the_limit_names_both_and_the_option(write: Write) -> None:
     path = write({"r": 64}, make_tensors(64))
     with pytest.raises(AdapterError) as error:
         load_adapter(path, SITES, max_rank=32)
     assert error.value.message == "`max_lora_rank` is 32 but adapter `jobs-de` has rank 64"
-    assert error.value.hint == "start the engine with `--max-lora-rank 64`"
+    assert error.value.hint == "start the engine with `max_lora_rank=64`"
     assert load_adapter(path, SITES, max_rank=64).rank == 64
     with pytest.raises(AdapterError, match="has rank 257 but ranks up to 256"):
         load_adapter(write({"r": 257}, make_tensors(257)), SITES, max_rank=512)

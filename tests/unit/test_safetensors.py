@@ -271,8 +271,15 @@ def test_pickles_are_refused_unread(tmp_path, name):
 def test_other_paths_are_typed_errors(tmp_path):
     with pytest.raises(UnknownModel):
         open_model(tmp_path / "nothing")
-    with pytest.raises(CorruptFile, match=r"config\.json"):
+    with pytest.raises(UnknownModel) as caught:
         open_model(tmp_path)
+    assert caught.value.message == f"`{tmp_path}` is not a model directory: it has no `config.json`"
+    assert "safetensors" in caught.value.hint
+    (tmp_path / "x.gguf").write_bytes(b"")
+    with pytest.raises(UnknownModel) as caught:
+        open_model(tmp_path)
+    assert caught.value.hint == f"point to the file: `{tmp_path / 'x.gguf'}`"
+    (tmp_path / "x.gguf").unlink()
     save(tmp_path, "llama")
     with pytest.raises(UnsupportedModel, match="weights alone"):
         open_model(tmp_path / "model.safetensors")

@@ -173,7 +173,7 @@ def _refuse_ranks(config: PeftConfig, expected: Iterable[str], prefix: str, max_
     if rank > max_rank:
         raise AdapterError(
             f"`max_lora_rank` is {max_rank} but {where} has rank {rank}",
-            hint=f"start the engine with `--max-lora-rank {rank}`",
+            hint=f"start the engine with `max_lora_rank={rank}`",
             param="max_lora_rank",
         )
 

@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from uma_engine.adapters.patterns import refuse_slow_pattern
 from uma_engine.errors import AdapterError
 
 __all__ = ["PeftConfig"]
 
 MAX_PATTERN_CHARS = 2000
+# The forms in which PEFT matches what a field holds; where nothing is said, as it is.
+KEY_FORM = r"(.*\.)?({})$"
+LAYER_FORM = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
+FORMS = {"rank_pattern": KEY_FORM, "alpha_pattern": KEY_FORM, "layers_pattern": LAYER_FORM}
 # Fields that would change the result and are not supported: they must be absent or empty.
 REFUSED = {
     "use_dora": "DoRA",
@@ -117,7 +122,7 @@ class PeftConfig:
             found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(found[1]) if found else None
         for pattern in self.layers_pattern:
-            if found := re.match(rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\.", module):
+            if found := re.match(_in_form(pattern, LAYER_FORM), module):
                 return int(found["layer"])
         return None
 
@@ -153,17 +158,24 @@ def _matches(patterns: str | tuple[str, ...], module: str) -> bool:
 
 def _pattern_of(patterns: Iterable[str], module: str) -> str:
     """The first key that matches the end of the module's name, as PEFT's `get_pattern_key`."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+    return next((key for key in patterns if re.match(_in_form(key, KEY_FORM), module)), module)
 
 
 def _compiled(pattern: str, name: str) -> str:
     if len(pattern) > MAX_PATTERN_CHARS:
         raise AdapterError(f"a pattern of `{name}` has {len(pattern)} characters, more than {MAX_PATTERN_CHARS}")
+    matched_as = _in_form(pattern, FORMS.get(name, "{}"))
     try:
         re.compile(pattern)
+        re.compile(matched_as)
     except (re.error, RecursionError, OverflowError) as error:
         raise AdapterError(f"`{name}` holds `{pattern}`, which is not a pattern: {error}") from None
+    refuse_slow_pattern(pattern, matched_as, f"`{name}`")
     return pattern
+
+
+def _in_form(pattern: str, form: str) -> str:
+    return form.replace("{}", pattern)
 
 
 def _names(raw: Mapping[str, Any], name: str) -> str | tuple[str, ...]:

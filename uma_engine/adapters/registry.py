@@ -93,35 +93,19 @@ class AdapterRegistry:
         with self._lock:
             self._forget(self._named(name))
 
-    def get(self, name: str) -> AdapterRef:
-        """What the name means now. Errors: UnknownAdapter, naming the nearest ones"""
-        with self._lock:
-            return self._named(name).ref
-
     def lease(self, name: str) -> AdapterRef:
-        """`get` and `acquire` in one: no reload can come between. Errors: UnknownAdapter"""
+        """Hold for one request what the name means now. Errors: UnknownAdapter, naming the nearest ones"""
         with self._lock:
             resident = self._named(name)
             resident.num_requests += 1
             return resident.ref
 
-    def acquire(self, ref: AdapterRef) -> None:
-        """Hold an adapter for one request. Errors: UnknownAdapter when it has left its slot meanwhile"""
-        with self._lock:
-            resident = self._slots[ref.slot]
-            if resident is None or resident.ref != ref:
-                raise UnknownAdapter(
-                    f"the adapter with digest `{ref.digest.hex()[:12]}` is no longer loaded",
-                    hint="ask for it by its name",
-                )
-            resident.num_requests += 1
-
     def release(self, ref: AdapterRef) -> None:
-        """Give back what `acquire` or `lease` took. Errors: InvariantViolation when nothing was taken"""
+        """Give back what `lease` took. Errors: InvariantViolation when nothing was taken"""
         with self._lock:
             resident = self._slots[ref.slot]
             if resident is None or resident.ref != ref or resident.num_requests == 0:
-                raise InvariantViolation(f"slot {ref.slot} was released more often than it was acquired")
+                raise InvariantViolation(f"slot {ref.slot} was released more often than it was leased")
             resident.num_requests -= 1
             self._free_if_unused(resident)
 
@@ -142,21 +126,11 @@ class AdapterRegistry:
         with self._lock:
             return [_info(name, self._names[name]) for name in sorted(self._names)]
 
-    def info(self, name: str) -> AdapterInfo:
-        """Errors: UnknownAdapter"""
-        with self._lock:
-            return _info(name, self._named(name))
-
     @property
     def num_bytes(self) -> int:
         """Memory of all resident adapters, those that only wait for their last request included."""
         with self._lock:
             return sum(resident.adapter.num_bytes for resident in self._slots if resident is not None)
-
-    @property
-    def num_free_slots(self) -> int:
-        with self._lock:
-            return self._slots.count(None)
 
     @property
     def num_requests(self) -> int:
@@ -185,7 +159,7 @@ class AdapterRegistry:
             return old.ref.slot
         raise Overloaded(
             f"`max_loras` is {len(self._slots)} and no slot is free for adapter `{name}`",
-            hint="unload an adapter, or start the engine with a larger `--max-loras`",
+            hint="unload an adapter, or start the engine with a larger `max_loras`",
             param="max_loras",
         )
 

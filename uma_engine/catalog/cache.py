@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-__all__ = ["cache_dir", "file_digest", "files_digest"]
+__all__ = ["cache_dir", "file_digest", "files_digest", "remember_digest"]
 
 
 def cache_dir() -> Path:
@@ -27,10 +27,7 @@ def file_digest(path: Path) -> str:
     The answer is remembered in the cache under the file's path, size and change times, so that asking again costs
     nothing while the file is untouched.
     """
-    path = path.resolve()
-    stat = path.stat()
-    stamp = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    memo = cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    memo, stamp = _memo(path)
     try:
         known = json.loads(memo.read_text())
         if known["stamp"] == stamp:
@@ -39,11 +36,25 @@ def file_digest(path: Path) -> str:
         pass  # not asked before, or the note is unusable: compute
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _remember(memo, {"stamp": stamp, "sha256": digest})
+    _write(memo, {"stamp": stamp, "sha256": digest})
     return digest
 
 
-def _remember(memo: Path, note: dict[str, object]) -> None:
+def remember_digest(path: Path, digest: str) -> None:
+    """Note the sha256 of a file that the caller has just read as a whole, so that `file_digest` need not."""
+    memo, stamp = _memo(path)
+    _write(memo, {"stamp": stamp, "sha256": digest})
+
+
+def _memo(path: Path) -> tuple[Path, list[str | int]]:
+    """(where a file's digest is noted, what must be unchanged for the note to hold)"""
+    path = path.resolve()
+    stat = path.stat()
+    stamp: list[str | int] = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    return cache_dir() / "digests" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json", stamp
+
+
+def _write(memo: Path, note: dict[str, object]) -> None:
     scratch = memo.with_suffix(f".{os.getpid()}.tmp")
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)

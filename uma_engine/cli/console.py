@@ -1,4 +1,4 @@
-"""What the commands share on a terminal: progress bars on standard error, and an engine opened from arguments.
+"""What the commands share on a terminal: safe output, progress bars on standard error, an engine opened from arguments.
 
 Knows how things look; does not know any command.
 """
@@ -6,6 +6,9 @@ Knows how things look; does not know any command.
 from __future__ import annotations
 
 import argparse
+import io
+import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +16,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from uma_engine.errors import InvalidRequest, UmaError
+
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import TaskID
 
     from uma_engine.tasks.api import Engine
 
-__all__ = ["FetchProgress", "open_engine", "printable"]
+__all__ = [
+    "FetchProgress",
+    "console_output",
+    "discard_output",
+    "is_thread_count",
+    "open_engine",
+    "printable",
+    "write",
+    "write_json_line",
+    "write_line",
+]
 
 ADAPTER_NAME = "adapter"
 
@@ -77,6 +93,7 @@ def open_engine(
     options["max_lora_rank"] = 256
     if args.precision is not None:
         options["precision"] = args.precision
+    _check_threads(args.threads)
     if args.threads is not None:
         options["num_threads"] = args.threads
     with FetchProgress() as progress:
@@ -96,5 +113,71 @@ def printable(text: str, width: int) -> str:
     return flat if len(flat) <= width else flat[: width - 1] + "\u2026"
 
 
+def write(text: str) -> None:
+    """Write to standard output at once; UmaError when it takes nothing more, BrokenPipeError when its reader left."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard_output()
+        raise UmaError(
+            f"standard output cannot be written: {error.strerror or error}",
+            hint="make room there, or send the output elsewhere",
+        ) from error
+
+
 def write_line(text: str = "") -> None:
-    sys.stdout.write(text + "\n")
+    write(text + "\n")
+
+
+def write_json_line(data: Any) -> None:
+    """JSON on one line; where standard output is not Unicode other characters are escaped, so that none is lost."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    write_line(json.dumps(data, ensure_ascii=not unicode, allow_nan=False))
+
+
+class _Page(io.StringIO):
+    """Text for standard output that looks to rich as if it were standard output: colours and box lines depend on it."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return sys.stdout.encoding or "ascii"
+
+    def isatty(self) -> bool:
+        return sys.stdout.isatty()
+
+
+@contextmanager
+def console_output() -> Iterator[Console]:
+    """A console whose output is written by `write` when the block ends: rich would exit by itself when a reader left."""
+    from rich.console import Console
+
+    page = _Page()
+    yield Console(file=page, highlight=False)
+    write(page.getvalue())
+
+
+def discard_output() -> None:
+    """Send what is still buffered for standard output nowhere: the flush at exit must not fail a second time."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def is_thread_count(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) >= 1
+
+
+def _check_threads(threads: int | None) -> None:
+    """Refuses a number of threads, from `--threads` or else from the environment, that is none."""
+    name, text = (
+        ("--threads", str(threads))
+        if threads is not None
+        else ("UMA_NUM_THREADS", os.environ.get("UMA_NUM_THREADS", ""))
+    )
+    if text and not is_thread_count(text):
+        raise InvalidRequest(
+            f"`{name}` is `{text}` but must be a positive integer", hint="leave it out to use all CPUs of this process"
+        )

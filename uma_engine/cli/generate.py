@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from uma_engine.cli.console import open_engine
+from uma_engine.cli.console import open_engine, write
 from uma_engine.core import SamplingParams
 from uma_engine.tasks.candidates import read_job
 
@@ -22,7 +21,6 @@ def run(args: argparse.Namespace) -> int:
     )
     with open_engine(args) as (engine, adapter):
         for piece in engine.stream(prompt, params, adapter=adapter, chat=not args.raw):
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
+            write(piece.text)
+    write("\n")
     return 0

@@ -6,24 +6,31 @@ Knows which subcommand is which; does not know what they do. An error meant for 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import signal
 import sys
 from collections.abc import Sequence
 
 from uma_engine._version import __version__
+from uma_engine.catalog import DEFAULT_MODEL
+from uma_engine.cli.console import discard_output
 from uma_engine.config import PRECISIONS
 from uma_engine.errors import UmaError
 
 __all__ = ["main"]
-
-DEFAULT_MODEL = "smollm2-135m"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1 (failure), 2 (bad input), 75 (overloaded), 130 (Ctrl-C)."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if sys.stdout is None:
+        _say("error: standard output is closed\nhint: send it to a file, or to /dev/null")
+        return 1
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a character must not cost the answer
     try:
         return args.run(args)
     except UmaError as error:
@@ -33,9 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output left, e.g. `uma rank ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 128 + signal.SIGPIPE
     except Exception as error:
+        if _is_backend_choice(error):
+            _say(f"error: {error}\nhint: {_backend_hint()}")
+            return 2
         if args.debug:
             raise
         _say(
@@ -45,7 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text + "\n")
+
+
+def _is_backend_choice(error: Exception) -> bool:
+    """Whether this is `uma_kernels.dispatch.BackendUnavailable`: by name, as a bad `UMA_ISA` fails that very import."""
+    kind = type(error)
+    return (kind.__module__, kind.__name__) == ("uma_kernels.dispatch", "BackendUnavailable")
+
+
+def _backend_hint() -> str:
+    chosen = [f"`{name}={os.environ[name]}`" for name in ("UMA_BACKEND", "UMA_ISA") if os.environ.get(name)]
+    return f"{' and '.join(chosen)} in the environment made this choice; unset it to let the engine choose"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +122,8 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what was found on this machine, and which back end each op takes")
     doctor.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    doctor.add_argument("--label", metavar="WORD", help="tell whether a model has this word as a single token")
+    doctor.add_argument("--model", metavar="ID|PATH", help=f"the model that --label asks (default: {DEFAULT_MODEL})")
     doctor.set_defaults(run=_lazy("doctor"))
     return parser
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from uma_engine.catalog import list_models, resolve
-from uma_engine.cli.console import FetchProgress, write_line
+from uma_engine.cli.console import FetchProgress, console_output, write_json_line, write_line
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,9 +20,8 @@ def run(args: argparse.Namespace) -> int:
             {"name": e.name, "bytes": e.size, "licence": e.licence, "cached": e.cached, "about": e.description}
             for e in entries
         ]
-        write_line(json.dumps(rows, ensure_ascii=False))
+        write_json_line(rows)
         return 0
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(header_style="bold")
@@ -31,5 +29,6 @@ def run(args: argparse.Namespace) -> int:
         table.add_column(column, justify="right" if column == "size" else "left")
     for e in entries:
         table.add_row(e.name, f"{e.size / 2**20:,.0f} MiB", e.licence, "yes" if e.cached else "no", e.description)
-    Console().print(table)
+    with console_output() as console:
+        console.print(table)
     return 0

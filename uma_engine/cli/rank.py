@@ -6,18 +6,23 @@ Knows the table; does not know how scores are made.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from uma_engine.cli.console import open_engine, printable, write_line
+from uma_engine.cli.console import console_output, open_engine, printable, write_json_line
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.tasks.candidates import read_candidates, read_job
-from uma_engine.tasks.records import write_json
+from uma_engine.tasks.records import check_writable, write_json
 from uma_engine.tasks.results import RankAnswer, RankResult
 
-NUMBERS_WIDTH = 68  # of all columns but the candidate's, borders included
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+NAME_WIDTH = 8  # what the candidate's column has at the least
+ROOMY_NAME_WIDTH = 20  # what it has at the least beside a column of reasons
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,6 +32,8 @@ def run(args: argparse.Namespace) -> int:
     job = read_job(args.job)
     candidates = read_candidates(args.candidates)
     labels = [word.strip() for word in args.labels.split(",")]
+    if args.record:
+        check_writable(args.record)  # now, not after minutes of work
     with open_engine(args) as (engine, adapter):
         ready = time.perf_counter()
         answer = engine.rank(
@@ -39,46 +46,40 @@ def run(args: argparse.Namespace) -> int:
             max_tokens_per_candidate=args.max_tokens_per_candidate,
             deadline=args.deadline,
         )
-    if args.record:
-        write_json(args.record, answer.record)
-    if args.json:
-        write_line(json.dumps(answer.to_dict(), ensure_ascii=False, allow_nan=False))
-    else:
-        show(job, candidates, answer, labels, load_seconds=ready - began)
+    try:  # neither a full disk nor a reader that left may cost the other half of the answer
+        if args.json:
+            write_json_line(answer.to_dict())
+        else:
+            with console_output() as console:
+                show(console, job, candidates, answer, labels, load_seconds=ready - began)
+    finally:
+        if args.record:
+            write_json(args.record, answer.record)
     return 0
 
 
 def show(
-    job: str, candidates: Sequence[Candidate], answer: RankAnswer, labels: Sequence[str], load_seconds: float
+    console: Console,
+    job: str,
+    candidates: Sequence[Candidate],
+    answer: RankAnswer,
+    labels: Sequence[str],
+    load_seconds: float,
 ) -> None:
     """Print the table, the warnings and the cost line.
 
-    The reason is the logit of each label and how far the score lies from the mean of all candidates.
+    The reason is the logit of each label and how far the score lies from the mean of all candidates. It has a column
+    where there is room, else a second line; on a terminal too narrow for that a note says where to find it.
     """
-    from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
-    title = next((line.strip("# ").strip() for line in job.splitlines() if line.strip("# ").strip()), "job")
-    table = Table(title=printable(title, 90), title_justify="left", header_style="bold", row_styles=("", "dim"))
-    table.add_column("#", justify="right", no_wrap=True)
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("candidate", no_wrap=True, overflow="ellipsis")
-    table.add_column("why, in numbers", no_wrap=True)
-    table.add_column("cut", justify="right", no_wrap=True)
-    name_width = max(20, console.width - NUMBERS_WIDTH)
     mean = sum(r.score for r in answer.all_results) / max(1, len(answer.all_results))
-    for place, result in enumerate(answer.results, start=1):
-        person = candidates[result.index]
-        table.add_row(
-            str(place),
-            f"{result.score:.4f}",
-            Text(printable(f"{person.id}  {_headline(person)}", name_width)),
-            Text(_reason(result, labels, mean)),
-            f"{result.truncated_tokens} tok" if result.truncated_tokens else "",
-        )
+    reasons = [_reason(result, labels, mean) for result in answer.results]
+    title = next((line.strip("# ").strip() for line in job.splitlines() if line.strip("# ").strip()), "job")
+    table, reasons_fit = _table(console.width, printable(title, 90), candidates, answer, reasons)
     console.print(table)
+    if not reasons_fit:
+        console.print(Text("the numbers behind the scores need a wider terminal, or `--json`", style="dim"))
     for warning in answer.warnings:
         console.print(Text(f"! {warning}", style="yellow"))
     console.print(Text(_cost(answer, load_seconds), style="bold"))
@@ -89,6 +90,43 @@ def show(
             f"{stack.model} {stack.base_digest[:12]}{adapter}, {stack.backend}, uma-engine {stack.version}", style="dim"
         )
     )
+
+
+def _table(
+    width: int, title: str, candidates: Sequence[Candidate], answer: RankAnswer, reasons: Sequence[str]
+) -> tuple[Table, bool]:
+    """The table, at most `width` wide where that can be, and whether it holds the reasons."""
+    from rich.table import Table
+    from rich.text import Text
+
+    reason_width = max((len(reason) for reason in reasons), default=0)
+    cuts = [f"{r.truncated_tokens} tok" if r.truncated_tokens else "" for r in answer.results]
+    numbers = {"#": len(str(len(cuts))), "score": 6}
+    if any(cuts):
+        numbers["cut"] = max(len(cut) for cut in cuts)
+    free = width - sum(w + 3 for w in numbers.values()) - 4  # a column has 3 of padding and border, the table 1 more
+    has_column = free - reason_width - 3 >= ROOMY_NAME_WIDTH
+    name_width = max(NAME_WIDTH, free - reason_width - 3 if has_column else free)
+    has_second_line = not has_column and reason_width <= name_width
+
+    table = Table(title=title, title_justify="left", header_style="bold", row_styles=("", "dim"))
+    table.add_column("#", justify="right", no_wrap=True, min_width=numbers["#"])
+    table.add_column("score", justify="right", no_wrap=True, min_width=numbers["score"])
+    table.add_column("candidate", no_wrap=True, overflow="ellipsis", min_width=NAME_WIDTH, max_width=name_width)
+    if has_column:
+        table.add_column("why, in numbers", no_wrap=True, min_width=reason_width)
+    if "cut" in numbers:
+        table.add_column("cut", justify="right", no_wrap=True, min_width=numbers["cut"])
+    for place, (result, reason, cut) in enumerate(zip(answer.results, reasons, cuts, strict=True), start=1):
+        person = candidates[result.index]
+        name = printable(f"{person.id}  {_headline(person)}", name_width)
+        cells = [Text(f"{name}\n{reason}" if has_second_line else name)]
+        if has_column:
+            cells.append(Text(reason))
+        if "cut" in numbers:
+            cells.append(Text(cut))
+        table.add_row(str(place), f"{result.score:.4f}", *cells)
+    return table, has_column or has_second_line
 
 
 def _headline(person: Candidate) -> str:

@@ -6,7 +6,9 @@ exactly one `on_finished`.
 
 from __future__ import annotations
 
+import contextvars
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -73,11 +75,15 @@ class EngineLoop:
         self._dead: BaseException | None = None
         self.num_steps = 0
         self.step_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._pid = os.getpid()
+        # The thread sees what its maker set for this context, such as a forced back end.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name=name, daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises Overloaded or EngineUnavailable at once; every later end comes through the sink."""
+        self._check_process()
         with self._wake:
             self._check_alive()
             queued = self._pending_adds + self._scheduler.num_waiting
@@ -116,11 +122,20 @@ class EngineLoop:
 
     def close(self) -> None:
         """Stop after the step in progress; requests still in it end with EngineUnavailable. Idempotent."""
+        if os.getpid() != self._pid:
+            return  # a fork has no loop to stop
         with self._wake:
             self._closing = True
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    def stop(self) -> None:
+        """As `close`, without waiting: for an owner that is being forgotten."""
+        if os.getpid() == self._pid:
+            with self._wake:
+                self._closing = True
+                self._wake.notify()
 
     @property
     def closed(self) -> bool:
@@ -132,7 +147,16 @@ class EngineLoop:
         if self._closing:
             raise EngineUnavailable("the engine is closed", hint="create a new engine")
 
+    def _check_process(self) -> None:
+        """Before any lock: one that was held at the fork is never released in the child."""
+        if os.getpid() != self._pid:
+            raise EngineUnavailable(
+                f"the engine was made in process {self._pid} and does not run in process {os.getpid()}",
+                hint="create the engine after the fork",
+            )
+
     def _command(self, command: Callable[[], object]) -> None:
+        self._check_process()
         with self._wake:
             self._check_alive()
             self._commands.append(command)
@@ -148,12 +172,9 @@ class EngineLoop:
                 with self._wake:
                     while not (self._commands or self._closing or self._scheduler.has_unfinished()):
                         self._wake.wait()
-                    commands = list(self._commands)
-                    self._commands.clear()
-                for command in commands:
-                    command()
                 if self._closing:
                     break
+                self._run_commands()
                 if self._scheduler.has_unfinished():
                     self._step()
         except BaseException as error:  # a fault of ours: nobody may hang because of it
@@ -161,6 +182,15 @@ class EngineLoop:
             self._dead = error
         finally:
             self._end_all()
+
+    def _run_commands(self) -> None:
+        """One at a time off the queue: should one fail, those behind it are still there to be ended."""
+        while True:
+            with self._wake:
+                if not self._commands:
+                    return
+                command = self._commands.popleft()
+            command()
 
     def _add(self, request: Request, sink: Sink) -> None:
         with self._wake:
@@ -175,6 +205,10 @@ class EngineLoop:
             self._scheduler.add_request(request)
         except UmaError as error:
             self._finish(request.request_id, FinishReason.ERROR, error)
+        except Exception as error:
+            logger.exception("request `%s` could not be added", request.request_id)
+            failure = InvariantViolation(f"the request could not be added: {error!r}")
+            self._finish(request.request_id, FinishReason.ERROR, failure)
 
     def _step(self) -> None:
         started = time.perf_counter()
@@ -204,7 +238,7 @@ class EngineLoop:
         if sink is None:
             return
         if isinstance(event, Finished):
-            self._finish(request_id, event.reason)
+            self._finish(request_id, event.reason, event.error if isinstance(event.error, UmaError) else None)
             return
         try:
             if isinstance(event, ScoreReady):
@@ -235,10 +269,14 @@ class EngineLoop:
     def _end_all(self) -> None:
         with self._wake:
             self._closing = True
-            commands = list(self._commands)
-            self._commands.clear()
-        for command in commands:  # additions end in `on_finished` here; waiting callers are let go
-            command()
+        while True:
+            try:
+                self._run_commands()  # additions end below; waiting callers are let go
+                break
+            except Exception:
+                logger.exception("a command failed while the engine closed")
+        for request_id in self._sinks:  # what they held is given back, so that the books balance at the end
+            self._scheduler.cancel(request_id)
         cause = f"the engine stopped: {self._dead}" if self._dead is not None else "the engine was closed"
         for request_id in list(self._sinks):
             self._finish(request_id, FinishReason.ERROR, EngineUnavailable(cause))

@@ -12,7 +12,7 @@ import torch
 
 from uma_engine.config import EngineConfig, ModelConfig
 from uma_engine.core import RequestKind, SamplingParams, ScheduledChunk, SchedulerOutput, StepResult
-from uma_engine.errors import InvariantViolation
+from uma_engine.errors import ModelOverflow, UmaError
 from uma_engine.layers.batch_input import BatchInput, KVCacheTensors
 from uma_engine.runner.prepare import prepare
 from uma_kernels.lora import PackedLora
@@ -50,13 +50,20 @@ class ModelRunner:
             v=[torch.empty(shape, dtype=torch.float32) for _ in range(c.num_layers)],
         )
 
+    def release(self) -> None:
+        """Let go of the weights and the KV cache; nothing can run afterwards."""
+        self._kv = KVCacheTensors([], [])
+        self.__dict__.pop("_model", None)
+
     @torch.inference_mode()
     def run(self, output: SchedulerOutput) -> StepResult:
-        """Compute one step. Raises InvariantViolation when a logit is not finite."""
+        """Compute one step. A row whose logits are not finite gives an error in place of its result: its request alone
+        ends, its neighbours never see the difference.
+        """
         step = prepare(output, block_size=self._config.block_size, max_loras=self._config.max_loras)
         adapters = self._adapters if step.batch.lora_routing is not None else None
         hidden = self._model.forward(step.batch, self._kv, adapters)  # [R, hidden], rows of output_chunks
-        results: list[list[float] | int] = [0] * len(step.output_chunks)
+        results: list[list[float] | int | UmaError] = [0] * len(step.output_chunks)
         score_rows: dict[tuple[int, ...], list[int]] = {}
         generate_rows: list[int] = []
         for row, chunk in enumerate(step.output_chunks):
@@ -67,22 +74,19 @@ class ModelRunner:
         for labels, rows in score_rows.items():
             wanted = hidden if len(rows) == len(hidden) else hidden[rows]
             logits = self._model.label_logits(wanted, torch.tensor(labels, dtype=torch.int64))
-            self._check_finite(logits)
-            for row, values in zip(rows, logits.tolist(), strict=True):
-                results[row] = values
+            for row, values, finite in zip(rows, logits.tolist(), _finite_rows(logits), strict=True):
+                results[row] = values if finite else _not_finite(step.output_chunks[row])
         if generate_rows:
             wanted = hidden if len(generate_rows) == len(hidden) else hidden[generate_rows]
             logits = self._model.logits(wanted)
-            self._check_finite(logits)
+            finite_rows = _finite_rows(logits)
+            for place, finite in enumerate(finite_rows):
+                if not finite:
+                    logits[place] = 0  # sampled like the others, then thrown away
             tokens = self._sample(logits, [step.output_chunks[row] for row in generate_rows])
-            for row, token in zip(generate_rows, tokens, strict=True):
-                results[row] = token
+            for row, token, finite in zip(generate_rows, tokens, finite_rows, strict=True):
+                results[row] = token if finite else _not_finite(step.output_chunks[row])
         return StepResult(results)
-
-    @staticmethod
-    def _check_finite(logits: torch.Tensor) -> None:
-        if not torch.isfinite(logits).all():
-            raise InvariantViolation("a logit is not finite", hint="the weights or an adapter overflow in fp32")
 
     def _sample(self, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[int]:
         params: list[SamplingParams] = [_sampling_of(chunk) for chunk in chunks]
@@ -100,6 +104,19 @@ class ModelRunner:
         )
         counts = [_token_counts(chunk) if _penalised(p) else None for p, chunk in zip(params, chunks, strict=True)]
         return sample(logits, batch, counts, None).tolist()
+
+
+def _finite_rows(logits: torch.Tensor) -> list[bool]:
+    return torch.isfinite(logits).all(-1).tolist()
+
+
+def _not_finite(chunk: ScheduledChunk) -> UmaError:
+    return ModelOverflow(
+        f"a logit of request `{chunk.request.request_id}` is not finite",
+        hint="the adapter's weights overflow in fp32"
+        if chunk.request.adapter
+        else "the base's weights overflow in fp32",
+    )
 
 
 def _sampling_of(chunk: ScheduledChunk) -> SamplingParams:

@@ -12,7 +12,7 @@ from typing import Any
 
 from uma_engine.config import EngineConfig
 from uma_engine.core import FinishReason, Request, RequestKind, SchedulerOutput, StepResult
-from uma_engine.errors import InvalidRequest, InvariantViolation, Overloaded
+from uma_engine.errors import InvalidRequest, InvariantViolation, Overloaded, UmaError
 from uma_engine.kv_cache import BlockPool
 from uma_engine.scheduler.admission import mark_and_check_segments
 from uma_engine.scheduler.events import Counters, Event, Finished, ScoreReady, TokenReady
@@ -125,7 +125,8 @@ class Scheduler:
     # ---- results back in ----
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[Event]:
-        """Take the results of the step that `schedule` planned; what happened, in chunk order.
+        """Take the results of the step that `schedule` planned; what happened, in chunk order. An output that is an error
+        ends its request alone.
 
         Errors: InvariantViolation, with nothing changed, when the step is not the one in flight or the number of
         outputs is not the number of chunks that want one.
@@ -144,6 +145,9 @@ class Scheduler:
             request.num_computed_tokens += chunk.num_tokens
             if state.ended_as is not None:
                 self._report_end(state, state.ended_as, events)
+                continue
+            if isinstance(value, UmaError):
+                self._report_end(state, FinishReason.ERROR, events, value)
                 continue
             segment = request.segments[index]
             segment.num_computed_tokens = end = chunk.start + chunk.num_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Engine(EngineBase):
         Errors: AdapterError with the reason, before anything becomes visible.
         """
         self._check_open()
-        return self._stack.adapters.load(name, Path(path))
+        return self._load_adapter(name, path)
 
     def rank(
         self,
@@ -110,10 +110,9 @@ class Engine(EngineBase):
 
         `params` and `adapter` are one for all or one for each prompt. Errors as in `rank`.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         return self._generate_call(
             prompts,
-            params or SamplingParams(),
+            params,
             adapter=adapter,
             chat=chat,
             deadline=deadline,
@@ -132,31 +131,56 @@ class Engine(EngineBase):
         tenant: str = "",
     ) -> Iterator[CompletionChunk]:
         """Like `generate`, piece by piece as text appears. Leaving the iterator early cancels what is left."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        pieces: queue.SimpleQueue[CompletionChunk | UmaError | None] = queue.SimpleQueue()
+        pieces: queue.SimpleQueue[CompletionChunk | UmaError] = queue.SimpleQueue()
         call = self._generate_call(
             prompts,
-            params or SamplingParams(),
+            params,
             adapter=adapter,
             chat=chat,
             deadline=deadline,
             tenant=tenant,
             emit=pieces.put,
         )
-        return _stream(call, pieces, bool(prompts))
+        return _Stream(call, pieces)
 
 
-def _stream(
-    call: Call[list[Completion]], pieces: queue.SimpleQueue[CompletionChunk | UmaError | None], any_prompts: bool
-) -> Iterator[CompletionChunk]:
-    call.submit()
-    try:
-        while any_prompts and (piece := pieces.get()) is not None:
-            if isinstance(piece, UmaError):
-                raise piece
-            yield piece
-    finally:
-        call.cancel()
+class _Stream(Iterator[CompletionChunk]):
+    """Pieces of a call that runs already. Leaving early cancels it: by `close`, by the end of a `with`, or by forgetting it."""
+
+    def __init__(self, call: Call[list[Completion]], pieces: queue.SimpleQueue[CompletionChunk | UmaError]) -> None:
+        self._call = call
+        self._pieces = pieces
+        self._left = len(call.requests)
+        call.submit()
+
+    def __next__(self) -> CompletionChunk:
+        if not self._left:
+            raise StopIteration
+        try:
+            piece = self._pieces.get()
+        except BaseException:  # Ctrl-C in the waiting thread
+            self.close()
+            raise
+        if isinstance(piece, UmaError):
+            self.close()
+            raise piece
+        self._left -= piece.finish_reason is not None
+        return piece
+
+    def close(self) -> None:
+        """Cancel what is left."""
+        self._left = 0
+        self._call.cancel()
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if self._left:
+            self.close()
 
 
 class AsyncEngine(EngineBase):
@@ -182,7 +206,7 @@ class AsyncEngine(EngineBase):
     async def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
         """As `Engine.load_adapter`."""
         self._check_open()
-        return await asyncio.to_thread(self._stack.adapters.load, name, Path(path))
+        return await asyncio.to_thread(self._load_adapter, name, path)
 
     async def rank(
         self,
@@ -198,7 +222,7 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
     ) -> RankAnswer:
         """As `Engine.rank`."""
-        call = await asyncio.to_thread(
+        call = await _prepared(
             self._rank_call,
             query,
             candidates,
@@ -223,7 +247,7 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
     ) -> list[Score]:
         """As `Engine.score`."""
-        call = await asyncio.to_thread(
+        call = await _prepared(
             self._score_call, prefix, items, labels=labels, adapter=adapter, deadline=deadline, tenant=tenant
         )
         return await _finish(call)
@@ -239,10 +263,10 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
     ) -> list[Completion]:
         """As `Engine.generate`."""
-        call = await asyncio.to_thread(
+        call = await _prepared(
             self._generate_call,
-            [prompts] if isinstance(prompts, str) else list(prompts),
-            params or SamplingParams(),
+            prompts,
+            params,
             adapter=adapter,
             chat=chat,
             deadline=deadline,
@@ -262,13 +286,12 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
     ) -> AsyncIterator[CompletionChunk]:
         """As `Engine.stream`: an asynchronous iterator."""
-        pieces: asyncio.Queue[CompletionChunk | UmaError | None] = asyncio.Queue()
+        pieces: asyncio.Queue[CompletionChunk | UmaError] = asyncio.Queue()
         event_loop = asyncio.get_running_loop()
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        call = await asyncio.to_thread(
+        call = await _prepared(
             self._generate_call,
             prompts,
-            params or SamplingParams(),
+            params,
             adapter=adapter,
             chat=chat,
             deadline=deadline,
@@ -276,13 +299,31 @@ class AsyncEngine(EngineBase):
             emit=lambda piece: event_loop.call_soon_threadsafe(pieces.put_nowait, piece),
         )
         call.submit()
+        left = len(call.requests)
         try:
-            while prompts and (piece := await pieces.get()) is not None:
+            while left:
+                piece = await pieces.get()
                 if isinstance(piece, UmaError):
                     raise piece
+                left -= piece.finish_reason is not None
                 yield piece
         finally:
             call.cancel()
+
+
+async def _prepared(make: Callable[..., Call[Any]], *args: Any, **kwargs: Any) -> Call[Any]:
+    """Make a call on another thread. A task cancelled meanwhile leaves no prepared call behind."""
+    making = asyncio.ensure_future(asyncio.to_thread(make, *args, **kwargs))
+
+    def abandon(made: asyncio.Future[Call[Any]]) -> None:
+        if not made.cancelled() and made.exception() is None:
+            made.result().abandon()
+
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(abandon)
+        raise
 
 
 async def _finish(call: Call[Any]) -> Any:

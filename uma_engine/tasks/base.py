@@ -10,7 +10,8 @@ import functools
 import hashlib
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from uma_engine.config import EngineConfig
 from uma_engine.core import (
     AdapterRef,
     Candidate,
-    FinishReason,
     Request,
     RequestKind,
     SamplingParams,
@@ -29,8 +29,8 @@ from uma_engine.core import (
 )
 from uma_engine.errors import EngineUnavailable, InvalidRequest, TooLarge, UmaError
 from uma_engine.tasks import rank as ranking
-from uma_engine.tasks.calls import Call, ScoreSink, TokenSink
-from uma_engine.tasks.generate import TextAssembler
+from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
+from uma_engine.tasks.generate import TextSink
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
 from uma_engine.tasks.stack import Progress, Stack
@@ -58,12 +58,20 @@ class EngineBase:
             raise InvalidRequest(f"unknown engine option: {error}", hint=f"options are {known}") from error
         self._stack = Stack(model, self.config, progress)
         self._ids = itertools.count()
-        # A prompt's template is rendered once for each choice of labels.
+        tokenizer, template = self._stack.tokenizer, self._stack.template
+        # A prompt's template is rendered once for each choice of labels. (No reference to self: it would be a cycle.)
         self._rank_prompt = functools.lru_cache(maxsize=32)(
-            lambda labels: ranking.RankPrompt.build(self._stack.tokenizer, self._stack.template, labels)
+            lambda labels: ranking.RankPrompt.build(tokenizer, template, labels)
         )
+        weakref.finalize(self, self._stack.loop.stop)  # an engine that is forgotten without `close` ends its thread
 
     # -- adapters and information -----------------------------------------------------------------------------------
+
+    def _load_adapter(self, name: str, path: str | Path) -> AdapterRef:
+        if not isinstance(path, str | Path):
+            raise InvalidRequest(f"`path` is a `{type(path).__name__}` but must be a string or a Path", param="path")
+        self._check_open()
+        return self._stack.adapters.load(_text("name", name), Path(path).expanduser().absolute())
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Requests that use it finish; its memory is freed with the last of them."""
@@ -113,7 +121,7 @@ class EngineBase:
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def _lease(self, adapter: str | None) -> AdapterRef | None:
-        return None if adapter is None else self._stack.adapters.lease(adapter)
+        return None if adapter is None else self._stack.adapters.lease(_text("adapter", adapter))
 
     @contextlib.contextmanager
     def _leased(self, adapter: str | None, sink: ScoreSink) -> Iterator[AdapterRef | None]:
@@ -145,15 +153,20 @@ class EngineBase:
             deadline=expires,
         )
 
-    def _release_with(self, ref: AdapterRef | None, sink: ScoreSink | TokenSink) -> None:
+    def _release_with(self, ref: AdapterRef | None, sink: CallSink) -> None:
         if ref is not None:
             sink.future.add_done_callback(lambda _: self._stack.adapters.release(ref))
 
     def _ids_of(self, name: str, value: str | Sequence[int]) -> list[int]:
         """Token ids of a text, or the ids themselves, checked against the vocabulary."""
         if isinstance(value, str):
-            return self._stack.tokenizer.encode(value)
-        ids = list(value)
+            return self._stack.check_tokens(self._stack.tokenizer.encode(value))
+        try:
+            ids = list(value)
+        except TypeError:
+            raise InvalidRequest(
+                f"`{name}` is a `{type(value).__name__}` but must be a string or token ids", param=name
+            ) from None
         size = self._stack.model_config.vocab_size
         for token in ids:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
@@ -166,7 +179,7 @@ class EngineBase:
     def _deadline(self, deadline: float | None) -> float | None:
         if deadline is None:
             return None
-        if not 0 < deadline < float("inf"):
+        if isinstance(deadline, bool) or not isinstance(deadline, int | float) or not 0 < deadline < float("inf"):
             raise InvalidRequest(
                 f"`deadline` is `{deadline}` but must be a positive number of seconds", param="deadline"
             )
@@ -178,7 +191,7 @@ class EngineBase:
             computed_tokens=request.num_computed_tokens,
             cached_tokens=request.num_cached_tokens,
             output_tokens=0,
-            flops=request.num_computed_tokens * self._stack.model.flops_per_token,
+            flops=request.num_computed_tokens * self._stack.flops_per_token,
             tokenization_time=tokenization_time,
             inference_time=time.perf_counter() - started,
         )
@@ -198,8 +211,13 @@ class EngineBase:
     ) -> Call[RankAnswer]:
         self._check_open()
         began = time.perf_counter()
-        query = _text("query", query)
-        instruction = ranking.DEFAULT_INSTRUCTION if instruction is None else _text("instruction", instruction)
+        expires = self._deadline(deadline)
+        # White space at a text's ends would change how the template around it is tokenised.
+        query = _text("query", query).strip()
+        instruction = (
+            ranking.DEFAULT_INSTRUCTION if instruction is None else _text("instruction", instruction)
+        ).strip()
+        _text("tenant", tenant, blank=True)
         _count("top_n", top_n)
         _count("max_tokens_per_candidate", max_tokens_per_candidate)
         people = ranking.as_candidates(candidates)
@@ -207,12 +225,11 @@ class EngineBase:
         label_token_ids = ranking.label_ids(tokenizer, labels)
         labels = tuple(labels)
         prompt = self._rank_prompt(labels)
-        instruction_ids, job_ids = tokenizer.encode(instruction), tokenizer.encode(query)
+        instruction_ids, job_ids = self._ids_of("instruction", instruction), self._ids_of("query", query)
         room = prompt.room(instruction_ids, job_ids, self.max_model_len)
         limit = min(room, max_tokens_per_candidate) if max_tokens_per_candidate else room
-        encoded = tokenizer.encode_batch([c.text for c in people])
+        encoded = [self._stack.check_tokens(ids) for ids in tokenizer.encode_batch([c.text.strip() for c in people])]
         segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit)
-        expires = self._deadline(deadline)
         tokenization_time = time.perf_counter() - began
         sink = ScoreSink()
         with self._leased(adapter, sink) as ref:
@@ -271,8 +288,9 @@ class EngineBase:
         tenant: str,
     ) -> Call[list[Score]]:
         self._check_open()
-        if isinstance(items, str):
-            raise InvalidRequest("`items` is a single string", hint="pass a list", param="items")
+        expires = self._deadline(deadline)
+        items = _list("items", items)
+        _text("tenant", tenant, blank=True)
         tokenizer = self._stack.tokenizer
         labels = tuple(labels)
         label_token_ids = ranking.label_ids(tokenizer, labels)
@@ -284,7 +302,6 @@ class EngineBase:
             if not ids:
                 raise InvalidRequest(f"item {index} is empty", param="items")
             segments.append(Segment(ids, parent=parent, scored=True))
-        expires = self._deadline(deadline)
         if not items:
             return Call(self._stack.loop, [], [], list)
         sink = ScoreSink()
@@ -300,29 +317,34 @@ class EngineBase:
 
     def _generate_call(
         self,
-        prompts: Sequence[str],
-        params: SamplingParams | Sequence[SamplingParams],
+        prompts: str | Sequence[str],
+        params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         adapter: str | Sequence[str | None] | None,
         chat: bool,
         deadline: float | None,
         tenant: str,
-        emit: Any,
+        emit: Callable[[CompletionChunk | UmaError], object],
     ) -> Call[list[Completion]]:
-        """`emit(CompletionChunk | UmaError | None)` is called on the loop's thread; None once every prompt ended."""
+        """`emit` is called on the loop's thread; see `TextSink`."""
         self._check_open()
+        expires = self._deadline(deadline)
+        prompts = [prompts] if isinstance(prompts, str) else _list("prompts", prompts)
+        _text("tenant", tenant, blank=True)
         tokenizer, n = self._stack.tokenizer, len(prompts)
-        all_params = [params] * n if isinstance(params, SamplingParams) else list(params)
-        all_adapters = [adapter] * n if adapter is None or isinstance(adapter, str) else list(adapter)
+        params = SamplingParams() if params is None else params
+        all_params = [params] * n if isinstance(params, SamplingParams) else _list("params", params)
+        all_adapters = [adapter] * n if adapter is None or isinstance(adapter, str) else _list("adapter", adapter)
         for name, given in (("params", all_params), ("adapter", all_adapters)):
             if len(given) != n:
                 raise InvalidRequest(f"`{name}` has {len(given)} entries for {n} prompts", param=name)
-        expires = self._deadline(deadline)
         prepared: list[tuple[Segment, SamplingParams]] = []
         began = time.perf_counter()
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
             prompt = _text(f"prompts[{index}]", prompt)
-            ids = self._chat_ids(prompt) if chat else tokenizer.encode(prompt)
+            if not isinstance(p, SamplingParams):
+                raise InvalidRequest(f"`params[{index}]` is a `{type(p).__name__}`, not SamplingParams", param="params")
+            ids = self._stack.check_tokens(self._chat_ids(prompt) if chat else tokenizer.encode(prompt))
             if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
                 ids = [tokenizer.bos_id, *ids]
             if not ids:
@@ -337,36 +359,16 @@ class EngineBase:
                 p = _with_seed(p, self.config.seed, ids, index)
             prepared.append((Segment(ids), p))
         tokenization_time = time.perf_counter() - began
-        refs: list[AdapterRef | None] = []
         requests: list[Request] = []
-        sinks: list[TokenSink] = []
-        assemblers: list[TextAssembler] = []
-        ended_at: list[float] = [0.0] * n
-        left = itertools.count(n - 1, -1)
+        sinks: list[TextSink] = []
         try:
-            for adapter_name in all_adapters:
-                refs.append(self._lease(adapter_name))
-        except UmaError:
-            for ref in refs:
-                if ref is not None:
-                    self._stack.adapters.release(ref)
-            raise
-
-        def ended(index: int, reason: FinishReason, error: UmaError | None) -> None:
-            ended_at[index] = time.perf_counter()
-            if error is not None:
-                emit(error)
-            else:
-                reasons[index] = assemblers[index].finish(reason)
-                emit(CompletionChunk(index, "", (), reasons[index]))
-            if next(left) == 0:
-                emit(None)
-
-        reasons: list[FinishReason] = [FinishReason.ERROR] * n
-        for index, ((segment, p), ref) in enumerate(zip(prepared, refs, strict=True)):
-            stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids())
-            requests.append(
-                Request(
+            for index, ((segment, p), adapter_name) in enumerate(zip(prepared, all_adapters, strict=True)):
+                stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids())
+                sink = TextSink(index, IncrementalDecoder(tokenizer), p.stop, stop_ids, emit)
+                ref = self._lease(adapter_name)
+                self._release_with(ref, sink)
+                sinks.append(sink)
+                request = Request(
                     self._request_id("generate"),
                     RequestKind.GENERATE,
                     [segment],
@@ -376,27 +378,20 @@ class EngineBase:
                     stop_token_ids=stop_ids,
                     deadline=expires,
                 )
-            )
-            assembler = TextAssembler(
-                IncrementalDecoder(tokenizer),
-                p.stop,
-                lambda text, ids, index=index: emit(CompletionChunk(index, text, ids)),  # type: ignore[misc]
-            )
-            assemblers.append(assembler)
-            take = _skip_stop_ids(assembler, stop_ids)
-            sink = TokenSink(take, lambda reason, error, index=index: ended(index, reason, error))  # type: ignore[misc]
-            self._release_with(ref, sink)
-            sinks.append(sink)
+                requests.append(request)
+        except BaseException as error:
+            end_futures(sinks, error)
+            raise
 
         def build() -> list[Completion]:
             return [
                 Completion(
-                    assemblers[i].text,
-                    tuple(requests[i].output_token_ids),
-                    reasons[i],
-                    self._generate_usage(requests[i], tokenization_time, call.started, ended_at[i]),
+                    sink.text,
+                    tuple(request.output_token_ids),
+                    sink.future.result(),
+                    self._generate_usage(request, tokenization_time, call.started, sink.ended_at),
                 )
-                for i in range(n)
+                for request, sink in zip(requests, sinks, strict=True)
             ]
 
         call: Call[list[Completion]] = Call(self._stack.loop, requests, sinks, build)
@@ -408,7 +403,7 @@ class EngineBase:
             computed_tokens=request.num_computed_tokens,
             cached_tokens=request.num_cached_tokens,
             output_tokens=len(request.output_token_ids),
-            flops=request.num_computed_tokens * self._stack.model.flops_per_token,
+            flops=request.num_computed_tokens * self._stack.flops_per_token,
             tokenization_time=tokenization_time,
             inference_time=ended - started,
         )
@@ -436,6 +431,16 @@ def _text(name: str, value: object, *, blank: bool = False) -> str:
     return value
 
 
+def _list(name: str, value: Any) -> list[Any]:
+    """The items of a list, tuple or other iterable; a single string is refused, for it would fall into its characters."""
+    if isinstance(value, str | bytes):
+        raise InvalidRequest(f"`{name}` is a single `{type(value).__name__}`", hint="pass a list", param=name)
+    try:
+        return list(value)
+    except TypeError:
+        raise InvalidRequest(f"`{name}` is a `{type(value).__name__}` but must be a list", param=name) from None
+
+
 def _count(name: str, value: int | None) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise InvalidRequest(f"`{name}` is `{value!r}` but must be a positive integer or None", param=name)
@@ -447,12 +452,3 @@ def _with_seed(params: SamplingParams, base: int, ids: list[int], index: int) ->
 
     data = f"{base}:{index}:{ids}".encode()
     return replace(params, seed=int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)
-
-
-def _skip_stop_ids(assembler: TextAssembler, stop_ids: frozenset[int]) -> Any:
-    """Tokens that end a sequence are not part of its text."""
-
-    def take(token_id: int) -> bool:
-        return False if token_id in stop_ids else assembler.take(token_id)
-
-    return take

@@ -6,25 +6,31 @@ Knows sinks and futures; does not know templates or scores' meaning.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from uma_engine.core import FinishReason, Request
-from uma_engine.engine import EngineLoop
-from uma_engine.errors import UmaError
+from uma_engine.engine import EngineLoop, Sink
+from uma_engine.errors import RequestCancelled, UmaError
 
-__all__ = ["Call", "ScoreSink", "TokenSink"]
+__all__ = ["Call", "CallSink", "ScoreSink", "end_futures", "started_future"]
 
 T = TypeVar("T")
+
+
+class CallSink(Sink, Protocol):
+    """A sink whose future ends with the request, whatever its listeners do."""
+
+    future: Future[Any]
 
 
 class ScoreSink:
     """Collects label logits by segment index; the future ends with that mapping."""
 
     def __init__(self) -> None:
-        self.future: Future[dict[int, list[float]]] = _started_future()
+        self.future: Future[Any] = started_future()
         self._logits: dict[int, list[float]] = {}
 
     def on_scores(self, segment_index: int, logits: list[float]) -> None:
@@ -40,39 +46,17 @@ class ScoreSink:
             self.future.set_result(self._logits)
 
 
-class TokenSink:
-    """Feeds generated tokens to a text assembler; the future ends with the finish reason."""
-
-    def __init__(self, take: Callable[[int], bool], ended: Callable[[FinishReason, UmaError | None], None]) -> None:
-        self.future: Future[FinishReason] = _started_future()
-        self._take = take
-        self._ended = ended
-
-    def on_scores(self, segment_index: int, logits: list[float]) -> None:
-        raise AssertionError("a generate request has no label logits")
-
-    def on_token(self, token_id: int) -> bool:
-        return self._take(token_id)
-
-    def on_finished(self, reason: FinishReason, error: UmaError | None) -> None:
-        self._ended(reason, error)
-        if error is not None:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(reason)
-
-
 @dataclass
 class Call(Generic[T]):
     """Requests of one public call with what becomes of their results.
 
-    `build()` runs once every future is done. `release` gives back what the call holds (its adapters) and runs exactly
-    once for each request, however it ends.
+    `build()` runs once every future is done. What a request holds (its adapter) hangs on its sink's future, so every
+    future must end: through the loop once it is submitted, else through `abandon`.
     """
 
     loop: EngineLoop
     requests: list[Request]
-    sinks: Sequence[ScoreSink | TokenSink]
+    sinks: Sequence[CallSink]
     build: Callable[[], T]
     started: float = field(default_factory=time.perf_counter)
 
@@ -87,10 +71,13 @@ class Call(Generic[T]):
             try:
                 self.loop.submit(request, sink)
             except BaseException as error:
-                for rest in self.sinks[position:]:
-                    rest.future.set_exception(error)
+                end_futures(self.sinks[position:], error)
                 self.cancel()
                 raise
+
+    def abandon(self) -> None:
+        """Give up a call that was never submitted."""
+        end_futures(self.sinks, RequestCancelled("the call was given up before it began"))
 
     def cancel(self) -> None:
         for request, sink in zip(self.requests, self.sinks, strict=True):
@@ -112,7 +99,14 @@ class Call(Generic[T]):
         return self.build()
 
 
-def _started_future() -> Future[Any]:
+def end_futures(sinks: Iterable[CallSink], error: BaseException) -> None:
+    """End with `error` whatever has not ended yet."""
+    for sink in sinks:
+        if not sink.future.done():
+            sink.future.set_exception(error)
+
+
+def started_future() -> Future[Any]:
     """A future that nobody can cancel behind the engine's back: only the loop ends it, after it freed what it held."""
     future: Future[Any] = Future()
     future.set_running_or_notify_cancel()

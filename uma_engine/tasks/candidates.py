@@ -421,6 +421,8 @@ def _display_name(path: Path | str) -> str:
 def _open(path: Path | str, what: str) -> Iterator[BinaryIO]:
     try:
         if _is_stdin(path):
+            if sys.stdin is None:
+                raise InvalidRequest("standard input is closed", hint=f"pipe the {what} in, or name a file")
             yield sys.stdin.buffer  # not ours to close
             return
         with Path(path).open("rb") as stream:

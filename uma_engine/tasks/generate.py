@@ -1,23 +1,29 @@
 """Generation: tokens to text as they come, stop strings, and what of the text may already be shown.
 
-Knows incremental decoding and stop strings; does not know requests' scheduling or sampling.
+Knows incremental decoding, stop strings and a prompt's listener; does not know scheduling or sampling.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 from uma_engine.catalog.tokenizer import IncrementalDecoder
 from uma_engine.core import FinishReason
+from uma_engine.errors import UmaError
+from uma_engine.tasks.calls import started_future
+from uma_engine.tasks.results import CompletionChunk
 
-__all__ = ["TextAssembler"]
+__all__ = ["TextAssembler", "TextSink"]
 
 
 class TextAssembler:
     """Grows the text of one completion. Text that could still become part of a stop string is held back from `emit`."""
 
     def __init__(
-        self, decoder: IncrementalDecoder, stop: tuple[str, ...], emit: Callable[[str, tuple[int, ...]], None]
+        self, decoder: IncrementalDecoder, stop: tuple[str, ...], emit: Callable[[str, tuple[int, ...]], object]
     ) -> None:
         self._decoder = decoder
         self._stop = stop
@@ -55,3 +61,50 @@ class TextAssembler:
             ids, self._unshown_ids = tuple(self._unshown_ids), []
             self._emit(self.text[self._shown : until], ids)
             self._shown = until
+
+
+class TextSink:
+    """Takes one prompt's tokens, tells `emit` of each piece of text, and ends its future with the finish reason.
+
+    Tokens that end a sequence (`stop_ids`) are not part of its text. `emit` gets CompletionChunks, the last one with the
+    finish reason, or the error; should it fail (its event loop may be gone), the future ends all the same.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        decoder: IncrementalDecoder,
+        stop: tuple[str, ...],
+        stop_ids: frozenset[int],
+        emit: Callable[[CompletionChunk | UmaError], object],
+    ) -> None:
+        self.future: Future[Any] = started_future()
+        self.ended_at = 0.0
+        self._index = index
+        self._stop_ids = stop_ids
+        self._emit = emit
+        self._assembler = TextAssembler(decoder, stop, lambda text, ids: emit(CompletionChunk(index, text, ids)))
+
+    @property
+    def text(self) -> str:
+        return self._assembler.text
+
+    def on_scores(self, segment_index: int, logits: list[float]) -> None:
+        raise AssertionError("a generate request has no label logits")
+
+    def on_token(self, token_id: int) -> bool:
+        return False if token_id in self._stop_ids else self._assembler.take(token_id)
+
+    def on_finished(self, reason: FinishReason, error: UmaError | None) -> None:
+        self.ended_at = time.perf_counter()
+        try:
+            if error is not None:
+                self._emit(error)
+            else:
+                reason = self._assembler.finish(reason)
+                self._emit(CompletionChunk(self._index, "", (), reason))
+        finally:
+            if error is not None:
+                self.future.set_exception(error)
+            else:
+                self.future.set_result(reason)

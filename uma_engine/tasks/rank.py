@@ -30,7 +30,7 @@ _FIELDS = {
 
 def as_candidates(candidates: Iterable[Candidate | str]) -> list[Candidate]:
     """Strings become candidates with their position as id; duplicate ids and blank texts are refused."""
-    if isinstance(candidates, str | bytes):
+    if isinstance(candidates, str | bytes) or not isinstance(candidates, Iterable):
         raise InvalidRequest(
             f"`candidates` is a single `{type(candidates).__name__}`", hint="pass a list", param="candidates"
         )
@@ -56,7 +56,7 @@ def as_candidates(candidates: Iterable[Candidate | str]) -> list[Candidate]:
             raise InvalidRequest(f"candidate `{item.id}` has a blank text", param="candidates")
         if len(item.text) > MAX_CANDIDATE_BYTES or len(item.text.encode("utf-8", "replace")) > MAX_CANDIDATE_BYTES:
             raise TooLarge(
-                f"candidate `{item.id}` has {len(item.text):,} characters but {MAX_CANDIDATE_BYTES:,} bytes are the most",
+                f"candidate `{item.id}` has a text of {len(item.text):,} characters but {MAX_CANDIDATE_BYTES:,} bytes are the most",
                 hint="send the relevant part of the profile",
                 param="candidates",
             )
@@ -66,7 +66,12 @@ def as_candidates(candidates: Iterable[Candidate | str]) -> list[Candidate]:
 
 def label_ids(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[int, ...]:
     """Token ids of the label words. Raises InvalidRequest unless there are at least two, distinct, each a single token."""
-    if isinstance(labels, str) or len(labels) < 2 or not all(isinstance(label, str) for label in labels):
+    if (
+        isinstance(labels, str)
+        or not isinstance(labels, Sequence)
+        or len(labels) < 2
+        or not all(isinstance(label, str) for label in labels)
+    ):
         raise InvalidRequest(f"`labels` is `{labels!r}` but must be at least two words", param="labels")
     ids = []
     for label in labels:

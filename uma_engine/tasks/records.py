@@ -6,21 +6,44 @@ Floats are stored as hexadecimal literals, so that a record loses no bit.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.tasks.results import RankResult, StackInfo, Usage
 
-__all__ = ["FORMAT", "differences", "make_record", "read_record", "write_json"]
+__all__ = ["FORMAT", "check_writable", "differences", "make_record", "read_record", "write_json"]
 
 FORMAT = "uma-decision-record/1"
+
+_DIGESTS = ("base_digest", "tokenizer_digest", "template_digest", "adapter_digest", "backend", "version")
+_ANSWER = ("id", "score", "logits", "truncated_tokens", "ledger")
+# What a replay reads: types, or tuples of types, in the places of values. A list stands for all of its items.
+_SHAPE: dict[str, Any] = {
+    "query": str,
+    "candidates": [{"id": str, "text": str, "facts": dict}],
+    "options": {
+        "adapter": (str, NoneType),
+        "adapter_path": (str, NoneType),
+        "instruction": str,
+        "labels": [str],
+        "max_tokens_per_candidate": (int, NoneType),
+        "engine": {"max_model_len": int, "precision": str},
+    },
+    "stack": {"model": str, **dict.fromkeys(_DIGESTS, str), "adapter_digest": (str, NoneType)},
+    "results": [{"id": str, "score": str, "logits": [str], "truncated_tokens": int, "ledger": [dict]}],
+    "warnings": [str],
+}
+_HINT = "records are written by `uma rank --record FILE` and not meant to be edited"
+_WORDS = {str: "a string", int: "an integer", dict: "an object", list: "an array", NoneType: "null"}
 
 
 def make_record(
@@ -59,42 +82,97 @@ def make_record(
 def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
     """What differs between two records of the same question, in words; empty when every bit agrees."""
     found = []
-    for key in ("base_digest", "tokenizer_digest", "template_digest", "adapter_digest", "backend", "version"):
+    for key in _DIGESTS:
         if record["stack"][key] != again["stack"][key]:
             found.append(f"{key}: `{record['stack'][key]}` then, `{again['stack'][key]}` now")
     if len(record["results"]) != len(again["results"]):
-        return [*found, f"{len(record['results'])} results then, {len(again['results'])} now"]
+        found.append(f"{len(record['results'])} results then, {len(again['results'])} now")
+        return found
     for then, now in zip(record["results"], again["results"], strict=True):
-        for key in ("id", "score", "logits", "truncated_tokens"):
+        for key in _ANSWER:
             if then[key] != now[key]:
                 found.append(f"candidate `{then['id']}`: {key} `{then[key]}` then, `{now[key]}` now")
+    then_warned, now_warned = _warnings(record), _warnings(again)
+    if then_warned != now_warned:
+        found.append(f"warnings: `{then_warned}` then, `{now_warned}` now")
     return found
 
 
+def _warnings(record: Mapping[str, Any]) -> list[str]:
+    """A record's warnings without its model's name: the same files may lie elsewhere today, and digests tell them apart."""
+    return [warning.replace(record["stack"]["model"], "MODEL") for warning in record["warnings"]]
+
+
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A decision record from a JSON file; InvalidRequest when it is not one."""
+    """A decision record from a JSON file; InvalidRequest when it is not one or lacks what a replay needs."""
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidRequest(f"`{path}` cannot be read: {error.strerror}", param="record") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"`{path}` is not JSON: {error}", param="record") from error
-    needed = {"query", "candidates", "options", "stack", "results"}
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not needed <= record.keys():
-        raise InvalidRequest(
-            f"`{path}` is not a decision record of format `{FORMAT}`", hint="write one with `uma rank --record FILE`"
-        )
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise InvalidRequest(f"`{path}` is not a decision record of format `{FORMAT}`", hint=_HINT)
+    _check_shape(record, _SHAPE, "")
     return record
+
+
+def _check_shape(value: Any, shape: Any, where: str) -> None:
+    """Raises InvalidRequest naming the first place at which `value` is not as `shape` says."""
+    kinds = shape if isinstance(shape, tuple) else (shape if isinstance(shape, type) else type(shape),)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise InvalidRequest(
+            f"the record's `{where}` is `{json.dumps(value)[:80]}` but must be {' or '.join(_WORDS[k] for k in kinds)}",
+            hint=_HINT,
+            param="record",
+        )
+    if isinstance(shape, list):
+        for index, item in enumerate(value):
+            _check_shape(item, shape[0], f"{where}[{index}]")
+    elif isinstance(shape, dict):
+        for key, inner in shape.items():
+            place = f"{where}.{key}" if where else key
+            if key not in value:
+                raise InvalidRequest(
+                    f"the record has no `{place}`",
+                    hint=_HINT,
+                    param="record",
+                )
+            _check_shape(value[key], inner, place)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises InvalidRequest unless `write_json` could write there now; leaves nothing behind."""
+    target, partial = _places(path)
+    if target.exists() and not target.is_file():
+        kind = "a directory" if target.is_dir() else "not a file"
+        raise InvalidRequest(f"`{path}` cannot be written: it is {kind}", hint="name a file", param="record")
+    with _writing(path, partial):
+        partial.touch()
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write JSON so that the file is either whole or absent."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    target, partial = _places(path)
+    with _writing(path, partial):
         partial.write_text(json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        partial.replace(target)
+
+
+def _places(path: str | Path) -> tuple[Path, Path]:
+    """Where the file goes, links followed, and where it is made."""
+    target = Path(os.path.realpath(path))
+    return target, target.with_name(f".{target.name[:200]}.{os.getpid()}.part")
+
+
+@contextlib.contextmanager
+def _writing(path: str | Path, partial: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise InvalidRequest(f"`{path}` cannot be written: {error.strerror}", param="record") from error
+        raise InvalidRequest(
+            f"`{path}` cannot be written: {error.strerror}", hint="name a file in a directory of yours", param="record"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

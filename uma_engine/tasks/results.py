@@ -108,6 +108,10 @@ class RankAnswer:
         """Plain data for JSON: everything but the decision record."""
         return {
             "results": [asdict(r) for r in self.results],
+            "all_results": [
+                {"index": r.index, "id": r.id, "score": r.score, "truncated_tokens": r.truncated_tokens}
+                for r in self.all_results
+            ],
             "usage": asdict(self.usage)
             | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),

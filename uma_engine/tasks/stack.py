@@ -9,11 +9,11 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from uma_engine.config import EngineConfig
 from uma_engine.core import AdapterRef
-from uma_engine.errors import InvalidRequest
+from uma_engine.errors import InvalidRequest, TooLarge
 
 if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
@@ -45,23 +45,40 @@ class Stack:
                 "the compiled kernels are not installed; the reference back end is in use and is many times slower "
                 "(hint: install a C++ compiler, e.g. `apt-get install g++`, and reinstall uma-engine)"
             )
-        self.name = str(model)
         self.config = config
+        threads = config.num_threads or dispatch.num_threads()
         path = resolve(model, progress=progress)
+        # A path is kept whole, so that a record made here replays from anywhere.
+        self.name = str(path.resolve()) if Path(model).expanduser().exists() else str(model)
         files = open_model(path)
         self.model_config = files.config
         self.digest: str = files.digest
         self.tokenizer: Tokenizer = files.tokenizer
         self.template = ChatTemplate(files.chat_template, self.tokenizer)
-        num_blocks = max(1, config.kv_cache_bytes // self._block_bytes())
+        num_blocks = config.kv_cache_bytes // self._block_bytes()
+        if num_blocks < 1:
+            raise InvalidRequest(
+                f"`kv_cache_bytes` is {config.kv_cache_bytes} but one block of {config.block_size} tokens takes {self._block_bytes()}",
+                hint="raise `kv_cache_bytes`",
+                param="kv_cache_bytes",
+            )
         self.max_model_len = self._max_model_len(num_blocks)
-        self.model = load_model(files, max_positions=self.max_model_len, precision=config.precision)
+        with dispatch.threads(threads):  # torch's own OpenMP team would hang in a forked child
+            self.model = load_model(files, max_positions=self.max_model_len, precision=config.precision)
+        self.flops_per_token = self.model.flops_per_token
+        self._unbacked_tokens = self.tokenizer.vocab_size > self.model_config.vocab_size
         self.backend = dispatch.description()
         self.adapters = AdapterRegistry(config.max_loras, config.max_lora_rank, self.model.sites())
         self.block_pool = BlockPool(num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.block_pool, max_model_len=self.max_model_len)
-        self.runner = ModelRunner(self.model, config, num_blocks, self.adapters)
-        threads = config.num_threads or dispatch.num_threads()
+        try:
+            self.runner = ModelRunner(self.model, config, num_blocks, self.adapters)
+        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
+            raise TooLarge(
+                f"a KV cache of {config.kv_cache_bytes:,} bytes cannot be allocated",
+                hint="lower `kv_cache_bytes`",
+                param="kv_cache_bytes",
+            ) from error
         self.loop = EngineLoop(
             self.scheduler,
             self.runner,
@@ -99,8 +116,20 @@ class Stack:
             h.update(part)
         return h.digest()
 
-    def stats(self) -> dict[str, Any]:
-        return {"steps": self.loop.num_steps, "step_seconds": self.loop.step_seconds}
+    def check_tokens(self, ids: list[int]) -> list[int]:
+        """`ids` back, all within the model's embedding. A tokenizer may know added tokens that its model has no row for."""
+        size = self.model_config.vocab_size
+        if self._unbacked_tokens and ids and max(ids) >= size:
+            raise InvalidRequest(
+                f"token id {max(ids)} is beyond the model's {size} embeddings",
+                hint="the text holds an added token that this checkpoint has no weights for",
+            )
+        return ids
 
     def close(self) -> None:
+        """Stop the loop, then let go of weights and KV cache: the memory is free although the engine object lives on."""
         self.loop.close()
+        for adapter in self.adapters.loaded():
+            self.adapters.unload(adapter.name)
+        self.runner.release()
+        self.__dict__.pop("model", None)

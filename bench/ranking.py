@@ -2,7 +2,8 @@
 
     python -m bench.ranking [--model smollm2-135m] [--repeats 5] [--candidates 64]
 
-Both get the same token ids, the same weights in fp32 arithmetic and the same threads. Transformers runs its best form:
+Both get the same token ids, the same weights and the same threads; transformers computes
+in fp32, ours in `--precision`. Transformers runs its best form:
 the job's keys and values are computed once and copied into batches of candidates. Each side lives in a process of its
 own, so that its peak memory is its own, and the two take turns. Scores are compared before any speed is printed.
 """
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--candidates", type=int, default=64)
+    parser.add_argument("--precision", choices=("exact", "near"), default="near", help="of our linear layers")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -69,7 +71,7 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], last: dict
                 "engine": name,
                 "case": last[name]["workload"],
                 "model": args.model,
-                "precision": "fp32 arithmetic on the same 4-bit weights",
+                "precision": args.precision if name == "uma" else "fp32, weights dequantised from the same file",
                 "candidates_per_s": args.candidates / p50,
                 "p20_s": p20,
                 "p50_s": p50,
@@ -97,7 +99,7 @@ class Side:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "bench.ranking", "--worker", name, "--model", args.model]
-        command += ["--candidates", str(args.candidates), "--threads", str(args.threads)]
+        command += ["--candidates", str(args.candidates), "--threads", str(args.threads), "--precision", args.precision]
         env = os.environ | {
             "OMP_NUM_THREADS": str(args.threads),
             "UMA_NUM_THREADS": str(args.threads),
@@ -141,7 +143,8 @@ def uma_side(args: argparse.Namespace) -> tuple[Any, str, str]:
     from bench.workload import LABELS, make_workload
     from uma_engine import Engine, __version__
 
-    engine = Engine(args.model, num_threads=args.threads, enable_prefix_cache=False)  # every run computes the job anew
+    options = {"num_threads": args.threads, "precision": args.precision}
+    engine = Engine(args.model, enable_prefix_cache=False, **options)  # every run computes the job anew
     w = make_workload(engine.tokenizer, candidates=args.candidates)
     items = [c + w.suffix for c in w.candidates]
 

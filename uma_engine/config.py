@@ -39,7 +39,9 @@ class EngineConfig:
     max_lora_rank: int = 64
     num_threads: int | None = None  # None: UMA_NUM_THREADS, else the CPUs this process may use
     enable_prefix_cache: bool = True
-    precision: str = "exact"  # arithmetic of the linear layers: exact is fp32, near has 16-bit activations
+    # Arithmetic of the linear layers. "near": activations in 16 bits against quantised weights (dense ones: as "exact");
+    # "exact": fp32 activations, fp32 accumulate.
+    precision: str = "near"
     seed: int = 0  # base of the seeds of requests that bring none
 
     def __post_init__(self) -> None:

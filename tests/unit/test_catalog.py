@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import uma_engine.catalog as catalog
-import uma_engine.catalog.catalog
 from uma_engine.catalog import DEFAULT_MODEL, cache_dir, list_models, resolve
 from uma_engine.catalog.catalog import CatalogEntry
 from uma_engine.catalog.download import PackageSource, PinnedFile
@@ -54,7 +53,7 @@ def test_a_cached_file_is_found_without_a_network(monkeypatch, tmp_path):
     content = b"a model" * 1000
     pinned = PinnedFile("tiny.gguf", len(content), hashlib.sha256(content).hexdigest(), ())
     entry = CatalogEntry("tiny", "for a test", "MIT", "language", pinned)
-    monkeypatch.setattr(catalog.catalog, "_entries", lambda: {"tiny": entry})
+    monkeypatch.setattr("uma_engine.catalog.catalog._entries", lambda: {"tiny": entry})
     assert not entry.cached
     entry.path.parent.mkdir(parents=True)
     entry.path.write_bytes(content)

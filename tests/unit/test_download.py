@@ -199,7 +199,7 @@ def test_an_untouched_file_is_hashed_once_and_that_is_when_it_is_fetched(index, 
     path.touch()
     ensure_file(pinned(index), tmp_path)
     ensure_file(pinned(index), tmp_path)
-    assert hashed == [path]
+    assert hashed == [str(path)]
 
 
 def test_a_cut_connection_is_taken_up_where_it_broke(index, tmp_path):

@@ -21,7 +21,7 @@ MAX_STEPS = 3_600_000  # about 40 ms of `re`, at the worst name of that length
 MAX_WIDE = 5  # repeats of open length on one way through a pattern
 NARROW = 8  # a repeat with fewer counts than this is so many alternatives; one with more is of open length
 LEAF_STEPS = 0.125  # comparing one character, beside taking up a way again
-GROUP_STEPS = 3.0  # a repeat of more than one character class
+GROUP_STEPS = 3.0  # a repeat of more than one character class, beside one of a single one
 HINT = "name the modules in a list, or write the pattern with few `.*` and no repeat within a repeat"
 REPEATS = ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")
 LEAVES = ("LITERAL", "NOT_LITERAL", "ANY", "IN", "RANGE", "CATEGORY")
@@ -117,13 +117,11 @@ def _repeat(op: str, least: int, most: int, nodes: Any) -> tuple[Ways, Steps]:
     if most > 1 and (inner := next((name for name in _operators(nodes) if name in (*REPEATS, "BRANCH")), None)):
         raise _TooSlow(f"a repeat holds {'alternatives' if inner == 'BRANCH' else 'another repeat'}")
     ways, steps = _sequence(nodes)
+    weight = 1.0 if len(nodes) == 1 and str(nodes[0][0]) in LEAVES else GROUP_STEPS
     if most == 1:
-        if least == 0:
-            ways, steps = ways + _once(), steps + _once()
-        return ways, steps
-    is_single = len(nodes) == 1 and str(nodes[0][0]) in LEAVES
+        return (ways + _once(), steps + Steps({(0, 0): weight})) if least == 0 else (ways, steps)
     width = least * min(width for _, width in ways)
-    each = sum(steps.values()) / LEAF_STEPS * (1.0 if is_single else GROUP_STEPS)
+    each = sum(steps.values()) / LEAF_STEPS * weight
     counts = most - least + 1
     if counts > NARROW:
         found, tried = Counter({(1, width): 1}), Steps({(1, min(width, NAME_CHARS)): each})

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from uma_engine.config import MAX_INT
 from uma_engine.errors import InvalidRequest, UmaError
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def discard_output() -> None:
 
 
 def is_thread_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) >= 1
+    return text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= MAX_INT["num_threads"]
 
 
 def _check_threads(threads: int | None) -> None:
@@ -179,5 +180,6 @@ def _check_threads(threads: int | None) -> None:
     )
     if text and not is_thread_count(text):
         raise InvalidRequest(
-            f"`{name}` is `{text}` but must be a positive integer", hint="leave it out to use all CPUs of this process"
+            f"`{name}` is `{text[:80]}` but must be an integer from 1 to {MAX_INT['num_threads']}",
+            hint="leave it out to use all CPUs of this process",
         )

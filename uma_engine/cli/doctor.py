@@ -91,7 +91,7 @@ def findings() -> dict[str, Any]:
             machine[name] = os.environ[name]
     threads = os.environ.get("UMA_NUM_THREADS")
     if threads and not is_thread_count(threads):
-        machine["UMA_NUM_THREADS"] = f"{threads} (not a positive integer: commands that compute refuse it)"
+        machine["UMA_NUM_THREADS"] = f"{threads} (not a number of threads: commands that compute refuse it)"
     choices = [dispatch.explain(op) for op in dispatch.OPS]
     return {"machine": machine, "ops": [{"op": c.op, "backend": c.backend, "reason": c.reason} for c in choices]}
 

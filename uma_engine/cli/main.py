@@ -140,9 +140,9 @@ def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> N
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
-        default=None if recorded else "exact",
+        default=None if recorded else "near",
         help="arithmetic of the linear layers: exact is fp32; near has 16-bit activations and is faster "
-        f"(default: {'the recorded one' if recorded else 'exact'})",
+        f"(default: {'the recorded one' if recorded else 'near'})",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)"

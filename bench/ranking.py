@@ -58,6 +58,7 @@ def main() -> int:
 
 
 def report(args: argparse.Namespace, seconds: dict[str, list[float]], last: dict[str, Any], worst: float) -> None:
+    from bench.ceiling import ceiling
     from bench.rows import append_row, quantiles
 
     ours, theirs = seconds["uma"], seconds["transformers"]
@@ -76,6 +77,8 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], last: dict
                 "p20_s": p20,
                 "p50_s": p50,
                 "p80_s": p80,
+                "gflop_s": last["uma"]["flops"] / p50 / 1e9,  # of the linear layers, each token counted once
+                "pct_fma": 100 * last["uma"]["flops"] / p50 / 1e9 / ceiling("fp32_fma", args.threads),
                 "peak_rss_mib": last[name]["peak_rss_mib"],
                 "version": last[name]["version"],
                 "ratio_p20": ratios[0] if name == "uma" else None,
@@ -85,11 +88,13 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]], last: dict
                 "threads": args.threads,
             }
         )
-    print(f"\n{'engine':14} {'candidates/s':>12} {'p20..p80 s':>16} {'peak RSS MiB':>13}")
+    print(
+        f"\n{'engine':14} {'candidates/s':>12} {'p20..p80 s':>16} {'GFLOP/s':>8} {'% of FMA peak':>14} {'peak RSS MiB':>13}"
+    )
     for row in rows:
-        print(
-            f"{row['engine']:14} {row['candidates_per_s']:12.2f} {row['p20_s']:7.2f}..{row['p80_s']:<7.2f} {row['peak_rss_mib']:13.0f}"
-        )
+        times = f"{row['p20_s']:7.2f}..{row['p80_s']:<7.2f}"
+        rates = f"{row['gflop_s']:8.0f} {row['pct_fma']:14.0f} {row['peak_rss_mib']:13.0f}"
+        print(f"{row['engine']:14} {row['candidates_per_s']:12.2f} {times} {rates}")
         append_row("ranking", row)
     print(f"ratio, turn by turn: {ratios[1]:.2f} ({ratios[0]:.2f}..{ratios[2]:.2f})")
 
@@ -123,12 +128,13 @@ class Side:
 
 
 def worker(args: argparse.Namespace) -> int:
-    run, version, workload = SIDES[args.worker](args)
+    run, version, workload, flops = SIDES[args.worker](args)
     for line in sys.stdin:
         reply: dict[str, Any] = {}
         if line.strip() == "quit":
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(json.dumps({"peak_rss_mib": peak, "version": version, "workload": workload}), flush=True)
+            last = {"peak_rss_mib": peak, "version": version, "workload": workload, "flops": flops}
+            print(json.dumps(last), flush=True)
             return 0
         began = time.perf_counter()
         scores = run()
@@ -139,7 +145,7 @@ def worker(args: argparse.Namespace) -> int:
     return 0
 
 
-def uma_side(args: argparse.Namespace) -> tuple[Any, str, str]:
+def uma_side(args: argparse.Namespace) -> tuple[Any, str, str, float]:
     from bench.workload import LABELS, make_workload
     from uma_engine import Engine, __version__
 
@@ -151,10 +157,12 @@ def uma_side(args: argparse.Namespace) -> tuple[Any, str, str]:
     def run() -> list[float]:
         return [s.logits[0] - s.logits[1] for s in engine.score(w.prefix, items, labels=LABELS)]
 
-    return run, f"uma-engine {__version__} {engine.stack_info().backend}", w.name
+    tokens = len(w.prefix) + sum(len(item) for item in items)
+    flops = tokens * engine.flops_per_token
+    return run, f"uma-engine {__version__} {engine.stack_info().backend}", w.name, flops
 
 
-def transformers_side(args: argparse.Namespace) -> tuple[Any, str, str]:
+def transformers_side(args: argparse.Namespace) -> tuple[Any, str, str, float]:
     import copy
 
     import torch
@@ -185,7 +193,7 @@ def transformers_side(args: argparse.Namespace) -> tuple[Any, str, str]:
             scores += (logits[:, w.labels[0]] - logits[:, w.labels[1]]).tolist()
         return scores
 
-    return run, f"transformers {transformers.__version__} torch {torch.__version__}", w.name
+    return run, f"transformers {transformers.__version__} torch {torch.__version__}", w.name, 0.0
 
 
 SIDES = {"uma": uma_side, "transformers": transformers_side}

@@ -89,7 +89,11 @@ def commit() -> str:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     head = git("rev-parse", "--short=12", "HEAD")
-    return (head + ("+dirty" if git("status", "--porcelain", "-uno") else "")) if head else "none"
+    return (
+        (head + ("+dirty" if git("status", "--porcelain", "-uno", "--", ".", ":!bench/results") else ""))
+        if head
+        else "none"
+    )
 
 
 def versions() -> dict[str, str]:

@@ -96,6 +96,11 @@ class EngineBase:
         return self._stack.name
 
     @property
+    def flops_per_token(self) -> float:
+        """Floating-point operations of the linear layers for one token, a multiply and an add being two."""
+        return self._stack.flops_per_token
+
+    @property
     def max_model_len(self) -> int:
         """Tokens on the longest path from the root that the engine accepts."""
         return self._stack.max_model_len

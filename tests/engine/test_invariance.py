@@ -113,3 +113,21 @@ def test_generation_does_not_depend_on_its_neighbours(isa: str, make_engine: Eng
         noise = pool.submit(engine.score, JOB, PEOPLE)
         assert [c.token_ids for c in engine.generate(prompts, params)] == alone
         noise.result()
+
+
+@pytest.mark.weights
+def test_the_default_model_at_its_default_precision() -> None:
+    """Quantised weights and 16-bit activations: alone, in a batch, in another order, cut into chunks, cached, one thread or two."""
+    small = {"kv_cache_bytes": 64 * 2**20, "max_model_len": 512}
+    people = [p[:160] for p in PEOPLE[:8]]
+    with Engine("smollm2-135m", **small) as engine:
+        assert engine.config.precision == "near"
+        together = bits(engine.score(JOB, people))
+        assert len(set(together)) == len(people)
+        assert bits(engine.score(JOB, people)) == together, "cached"
+        assert bits(engine.score(JOB, [people[3]])) == [together[3]], "alone"
+        assert bits(engine.score(JOB, people[::-1])) == together[::-1], "in another order"
+    with Engine("smollm2-135m", **small, max_num_batched_tokens=48, num_threads=1) as chunked:
+        assert bits(chunked.score(JOB, people)) == together, "in chunks, on one thread"
+    with Engine("smollm2-135m", **small, precision="exact") as exact:
+        assert bits(exact.score(JOB, people)) != together, "the precisions must differ, or this tests nothing"

@@ -9,6 +9,7 @@ import torch
 import transformers
 from parity_helpers import Cache, Chunk, Path, Truth, exact, run_logits
 
+from bench.peer_models import transformers_model
 from uma_engine.catalog import open_model, resolve
 from uma_engine.catalog.model_files import ModelFiles
 from uma_engine.models import load_model
@@ -29,31 +30,7 @@ def prompt() -> list[int]:
 
 @pytest.fixture(scope="module")
 def truth(files: ModelFiles, prompt: list[int]) -> Truth:
-    c = files.config
-    config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_heads,
-        num_key_value_heads=c.num_kv_heads,
-        rms_norm_eps=c.rms_norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
-        max_position_embeddings=c.max_position_embeddings,
-        tie_word_embeddings=c.tie_word_embeddings,
-        attn_implementation="sdpa",
-    )
-    with torch.device("meta"):
-        hf = transformers.LlamaForCausalLM(config)
-    weights = {}
-    for name in files.names():
-        value = files.tensor(name)
-        weights[name] = value if isinstance(value, torch.Tensor) else value.dequantize()
-    hf.load_state_dict(weights, strict=False, assign=True)
-    hf.tie_weights()
-    hf.model.rotary_emb = type(hf.model.rotary_emb)(config)  # its table is computed, not loaded
-    assert not any(tensor.is_meta for tensor in (*hf.parameters(), *hf.buffers()))
-    hf.eval()
+    hf = transformers_model(files, transformers.AutoModelForCausalLM)
     return Truth.of(hf, exact(hf), prompt)
 
 

@@ -24,6 +24,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, tree)
+    # An editable install of this project in the same environment would lend the tree its extension.
+    (tree / "kernels/uma_kernels/_C.py").write_text('raise ImportError("not compiled in this tree")\n')
     return tree
 
 

@@ -95,6 +95,15 @@ def test_chat_puts_the_prompt_into_the_template(engine: Engine) -> None:
     assert chat.usage.prompt_tokens > raw.usage.prompt_tokens
 
 
+def test_a_prompt_of_token_ids_is_taken_as_it_is(engine: Engine) -> None:
+    params = SamplingParams(max_tokens=6)
+    text, ids = engine.generate(["a job", engine.tokenize("a job")], params)
+    assert ids.token_ids == text.token_ids
+    for bad, chat in (([[1, -1]], False), ([3], False), ([[1, 2]], True)):
+        with pytest.raises(InvalidRequest):
+            engine.generate(bad, params, chat=chat)  # type: ignore[arg-type]
+
+
 def test_bad_generation_arguments_are_typed_errors(engine: Engine) -> None:
     for bad in ({"max_tokens": 0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"stop": ("",)}, {"top_k": -1}):
         with pytest.raises(InvalidRequest):

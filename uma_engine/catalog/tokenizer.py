@@ -102,8 +102,8 @@ class Tokenizer:
         return library
 
     @cached_property
-    def _template(self) -> _Library:
-        """Recognises control tokens."""
+    def library(self) -> _Library:
+        """The whole vocabulary as an object of the `tokenizers` library; it recognises control tokens. Don't change it."""
         added = [*self._source.in_text.values(), *self._source.control.values()]
         return self._build(self._source.vocab, self._source.merges, added)
 
@@ -112,7 +112,7 @@ class Tokenizer:
 
         Errors:  InvalidRequest when it is not a string of Unicode characters (a lone surrogate)
         """
-        library = self._template if special else self._text
+        library = self.library if special else self._text
         try:
             return library.encode(text, add_special_tokens=False).ids
         except TypeError:
@@ -123,7 +123,7 @@ class Tokenizer:
 
         Errors:  as `encode`
         """
-        library = self._template if special else self._text
+        library = self.library if special else self._text
         try:
             return [encoding.ids for encoding in library.encode_batch(list(texts), add_special_tokens=False)]
         except TypeError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Engine(EngineBase):
 
     def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
@@ -108,7 +109,8 @@ class Engine(EngineBase):
     ) -> list[Completion]:
         """Complete each prompt. `chat=True` puts it into the model's chat template as a user message.
 
-        `params` and `adapter` are one for all or one for each prompt. Errors as in `rank`.
+        A prompt may also be token ids, which are taken as they are. `params` and `adapter` are one for all or one for
+        each prompt. Errors as in `rank`.
         """
         return self._generate_call(
             prompts,
@@ -122,7 +124,7 @@ class Engine(EngineBase):
 
     def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
@@ -254,7 +256,7 @@ class AsyncEngine(EngineBase):
 
     async def generate(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
@@ -277,7 +279,7 @@ class AsyncEngine(EngineBase):
 
     async def stream(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
@@ -311,18 +313,37 @@ class AsyncEngine(EngineBase):
             call.cancel()
 
 
+class _Handover:
+    """A call on its way from the thread that prepares it to a task that may be gone by then, with its event loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._call: Call[Any] | None = None
+        self._given_up = False
+
+    def put(self, call: Call[Any]) -> Call[Any]:
+        with self._lock:
+            self._call = call
+            given_up = self._given_up
+        if given_up:
+            call.abandon()
+        return call
+
+    def give_up(self) -> None:
+        with self._lock:
+            self._given_up = True
+            call = self._call
+        if call is not None:
+            call.abandon()
+
+
 async def _prepared(make: Callable[..., Call[Any]], *args: Any, **kwargs: Any) -> Call[Any]:
     """Make a call on another thread. A task cancelled meanwhile leaves no prepared call behind."""
-    making = asyncio.ensure_future(asyncio.to_thread(make, *args, **kwargs))
-
-    def abandon(made: asyncio.Future[Call[Any]]) -> None:
-        if not made.cancelled() and made.exception() is None:
-            made.result().abandon()
-
+    handover = _Handover()
     try:
-        return await asyncio.shield(making)
-    except asyncio.CancelledError:
-        making.add_done_callback(abandon)
+        return await asyncio.to_thread(lambda: handover.put(make(*args, **kwargs)))
+    except BaseException:
+        handover.give_up()
         raise
 
 

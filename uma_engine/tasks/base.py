@@ -322,7 +322,7 @@ class EngineBase:
 
     def _generate_call(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         adapter: str | Sequence[str | None] | None,
@@ -346,12 +346,19 @@ class EngineBase:
         prepared: list[tuple[Segment, SamplingParams]] = []
         began = time.perf_counter()
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
-            prompt = _text(f"prompts[{index}]", prompt)
             if not isinstance(p, SamplingParams):
                 raise InvalidRequest(f"`params[{index}]` is a `{type(p).__name__}`, not SamplingParams", param="params")
-            ids = self._stack.check_tokens(self._chat_ids(prompt) if chat else tokenizer.encode(prompt))
-            if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
-                ids = [tokenizer.bos_id, *ids]
+            if isinstance(prompt, str):
+                prompt = _text(f"prompts[{index}]", prompt)
+                ids = self._stack.check_tokens(self._chat_ids(prompt) if chat else tokenizer.encode(prompt))
+                if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
+                    ids = [tokenizer.bos_id, *ids]
+            else:
+                if chat:
+                    raise InvalidRequest(
+                        f"`prompts[{index}]` is token ids, which `chat` cannot put into a template", param="chat"
+                    )
+                ids = self._ids_of(f"prompts[{index}]", prompt)
             if not ids:
                 raise InvalidRequest(f"prompt {index} has no tokens", param="prompts")
             if len(ids) + p.max_tokens > self.max_model_len:

@@ -17,6 +17,8 @@ from uma_engine.errors import InvalidRequest, TooLarge
 
 if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
+    from uma_engine.models.weights import Placement
+    from uma_engine.runner import DeviceRunner, ModelRunner
 
 __all__ = ["Stack"]
 
@@ -24,6 +26,7 @@ logger = logging.getLogger("uma_engine")
 
 Progress = Callable[[int, int, str], None]
 DEFAULT_MAX_MODEL_LEN = 8192
+DEFAULT_KV_CACHE_BYTES = 512 * 2**20
 
 
 class Stack:
@@ -32,15 +35,15 @@ class Stack:
     def __init__(self, model: str | Path, config: EngineConfig, progress: Progress | None = None) -> None:
         from uma_engine.adapters import AdapterRegistry
         from uma_engine.catalog import open_model, resolve
+        from uma_engine.catalog.cache import cache_dir, file_digest
         from uma_engine.catalog.chat_template import ChatTemplate
         from uma_engine.engine import EngineLoop
         from uma_engine.kv_cache import BlockPool
-        from uma_engine.models import load_model
-        from uma_engine.runner import ModelRunner
+        from uma_engine.models import PackedCache, load_model
         from uma_engine.scheduler import Scheduler
         from uma_kernels import dispatch
 
-        if dispatch.C is None and dispatch.forced_backend() is None:
+        if config.device == "cpu" and dispatch.C is None and dispatch.forced_backend() is None:
             logger.warning(
                 "the compiled kernels are not installed; the reference back end is in use and is many times slower "
                 "(hint: install a C++ compiler, e.g. `apt-get install g++`, and reinstall uma-engine)"
@@ -55,30 +58,38 @@ class Stack:
         self.digest: str = files.digest
         self.tokenizer: Tokenizer = files.tokenizer
         self.template = ChatTemplate(files.chat_template, self.tokenizer)
-        num_blocks = config.kv_cache_bytes // self._block_bytes()
-        if num_blocks < 1:
-            raise InvalidRequest(
-                f"`kv_cache_bytes` is {config.kv_cache_bytes} but one block of {config.block_size} tokens takes {self._block_bytes()}",
-                hint="raise `kv_cache_bytes`",
-                param="kv_cache_bytes",
-            )
+        placement = _placement(config)
+        num_blocks: int | None = None  # on a device: what fits beside weights and a step, both measured below
+        if config.device == "cpu" or config.kv_cache_bytes is not None:
+            num_blocks = (config.kv_cache_bytes or DEFAULT_KV_CACHE_BYTES) // self._block_bytes()
+            if num_blocks < 1:
+                raise InvalidRequest(
+                    f"`kv_cache_bytes` is {config.kv_cache_bytes} but one block of {config.block_size} tokens takes {self._block_bytes()}",
+                    hint="raise `kv_cache_bytes`",
+                    param="kv_cache_bytes",
+                )
         self.max_model_len = self._max_model_len(num_blocks)
         with dispatch.threads(threads):  # torch's own OpenMP team would hang in a forked child
-            self.model = load_model(files, max_positions=self.max_model_len, precision=config.precision)
+            kept = placement.keeps_format and dispatch.choose("linear") == "cpp" and config.packed_cache
+            self.model = load_model(
+                files,
+                max_positions=self.max_model_len,
+                precision=config.precision,
+                placement=placement,
+                packed=PackedCache(cache_dir() / "packed", self.digest, file_digest) if kept else None,
+            )
         self.flops_per_token = self.model.flops_per_token
         self._unbacked_tokens = self.tokenizer.vocab_size > self.model_config.vocab_size
-        self.backend = dispatch.description()
-        self.adapters = AdapterRegistry(config.max_loras, config.max_lora_rank, self.model.sites())
+        self.backend = dispatch.description() if config.device == "cpu" else dispatch.choose("linear", config.device)
+        self.runner: ModelRunner | DeviceRunner
+        if config.device == "cpu":
+            assert num_blocks is not None
+            self.adapters = AdapterRegistry(config.max_loras, config.max_lora_rank, self.model.sites())
+            self.runner = self._cpu_runner(num_blocks)
+        else:
+            num_blocks = self._make_device_runner()
         self.block_pool = BlockPool(num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.block_pool, max_model_len=self.max_model_len)
-        try:
-            self.runner = ModelRunner(self.model, config, num_blocks, self.adapters)
-        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
-            raise TooLarge(
-                f"a KV cache of {config.kv_cache_bytes:,} bytes cannot be allocated",
-                hint="lower `kv_cache_bytes`",
-                param="kv_cache_bytes",
-            ) from error
         self.loop = EngineLoop(
             self.scheduler,
             self.runner,
@@ -86,13 +97,39 @@ class Stack:
             on_thread_start=lambda: dispatch.set_num_threads(threads),
         )
 
-    def _block_bytes(self) -> int:
-        c = self.model_config
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * 4 * self.config.block_size  # keys and values, fp32
+    def _cpu_runner(self, num_blocks: int) -> ModelRunner:
+        from uma_engine.runner import ModelRunner
 
-    def _max_model_len(self, num_blocks: int) -> int:
+        try:
+            return ModelRunner(self.model, self.config, num_blocks, self.adapters)
+        except (MemoryError, RuntimeError) as error:  # torch reports a failed allocation as RuntimeError
+            raise TooLarge(
+                f"a KV cache of {num_blocks * self._block_bytes():,} bytes cannot be allocated",
+                hint="lower `kv_cache_bytes`",
+                param="kv_cache_bytes",
+            ) from error
+
+    def _make_device_runner(self) -> int:
+        """Runner and adapters on the device; the number of KV blocks that fit."""
+        from uma_engine.adapters import AdapterRegistry
+        from uma_engine.runner import DeviceRunner
+
+        config = self.config
+        runner = self.runner = DeviceRunner(self.model, config, self.max_model_len)
+        num_blocks = runner.fit()
+        # A cache that is smaller than the path that was asked for is refused; the default path shrinks with it.
+        self.max_model_len = min(self.max_model_len, self._max_model_len(num_blocks))
+        runner.allocate(num_blocks)
+        self.adapters = AdapterRegistry(config.max_loras, config.max_lora_rank, self.model.sites(), runner.adapters)
+        return num_blocks
+
+    def _block_bytes(self) -> int:
+        c, item = self.model_config, 4 if self.config.compute_dtype == "float32" else 2
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * item * self.config.block_size  # keys and values
+
+    def _max_model_len(self, num_blocks: int | None) -> int:
         limit = self.model_config.max_position_embeddings
-        capacity = num_blocks * self.config.block_size
+        capacity = limit if num_blocks is None else num_blocks * self.config.block_size
         wanted = self.config.max_model_len
         if wanted is None:
             return min(limit, DEFAULT_MAX_MODEL_LEN, capacity)
@@ -133,3 +170,21 @@ class Stack:
             self.adapters.unload(adapter.name)
         self.runner.release()
         self.__dict__.pop("model", None)
+
+
+def _placement(config: EngineConfig) -> Placement:
+    """Where the weights go. Errors: InvalidRequest where torch sees no such device"""
+    import torch
+
+    from uma_engine.models.weights import Placement
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequest(
+            "`device` is `cuda` but torch sees no CUDA device",
+            hint="install torch with CUDA and an NVIDIA driver, or leave `device` out",
+            param="device",
+        )
+    device = (
+        torch.device(config.device, torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
+    )
+    return Placement(device, getattr(torch, config.compute_dtype), config.mode)

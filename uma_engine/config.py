@@ -10,10 +10,12 @@ from typing import Any
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = ["PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
+__all__ = ["DEVICES", "DTYPES", "MODES", "PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
 
 PRECISIONS = ("exact", "near")
-
+DEVICES = ("cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MODES = ("audit", "fast")
 
 MAY_BE_ZERO = frozenset({"max_loras", "seed"})
 MAX_INT = {
@@ -34,7 +36,8 @@ class EngineConfig:
     max_waiting: int = 4096  # queued requests beyond which `Overloaded` is raised
     max_model_len: int | None = None  # tokens on a path from the root; None: the model's own limit, at most 8192
     block_size: int = 16  # tokens in a KV block
-    kv_cache_bytes: int = 512 * 2**20  # size of the paged KV cache
+    # Size of the paged KV cache. None: 512 MiB on the CPU; on a GPU what `gpu_memory_utilization` leaves, measured
+    kv_cache_bytes: int | None = None
     max_loras: int = 8  # adapters resident at once
     max_lora_rank: int = 64
     num_threads: int | None = None  # None: UMA_NUM_THREADS, else the CPUs this process may use
@@ -42,7 +45,14 @@ class EngineConfig:
     # Arithmetic of the linear layers. "near": activations in 16 bits against quantised weights (dense ones: as "exact");
     # "exact": fp32 activations, fp32 accumulate.
     precision: str = "near"
+    packed_cache: bool = True  # keep packed weights in the cache directory, so that the next start maps them in (CPU)
     seed: int = 0  # base of the seeds of requests that bring none
+    device: str = "cpu"  # or "cuda": the current device of torch
+    dtype: str = "auto"  # of weights, activations and KV cache. "auto": float32 on the CPU, bfloat16 on a GPU
+    # Matrix products on a GPU. "audit": a score has the same bits in any company; "fast": the vendor's library chooses
+    mode: str = "audit"
+    gpu_memory_utilization: float = 0.9  # share of the device's memory that the engine may fill
+    enforce_eager: bool = False  # never replay CUDA graphs
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -62,10 +72,26 @@ class EngineConfig:
                     )
             elif f.type == "bool" and not isinstance(value, bool):
                 raise InvalidRequest(f"`{f.name}` is `{value!r}` but must be True or False", param=f.name)
-        if self.precision not in PRECISIONS:
+        for name, accepted in (("precision", PRECISIONS), ("device", DEVICES), ("dtype", DTYPES), ("mode", MODES)):
+            if getattr(self, name) not in accepted:
+                raise InvalidRequest(
+                    f"`{name}` is `{getattr(self, name)}` but must be one of {', '.join(accepted)}", param=name
+                )
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidRequest(
-                f"`precision` is `{self.precision}` but must be one of {', '.join(PRECISIONS)}", param="precision"
+                f"`gpu_memory_utilization` is `{share!r}` but must be above 0 and at most 1",
+                param="gpu_memory_utilization",
             )
+        if self.device == "cpu" and self.dtype not in ("auto", "float32"):
+            raise InvalidRequest(
+                f"`dtype` is `{self.dtype}` but the CPU computes in float32", hint="leave it out", param="dtype"
+            )
+
+    @property
+    def compute_dtype(self) -> str:
+        """The name of the type that `dtype` stands for on this device."""
+        return self.dtype if self.dtype != "auto" else "float32" if self.device == "cpu" else "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ __all__ = [
     "AdapterError",
     "CorruptFile",
     "DeadlineExceeded",
+    "DeviceOutOfMemory",
     "DownloadError",
     "EngineUnavailable",
     "InvalidRequest",
@@ -130,6 +131,13 @@ class DeadlineExceeded(UmaError):
     """The request's deadline passed before it finished; what it held is freed."""
 
     status = 504
+
+
+class DeviceOutOfMemory(UmaError):
+    """A step needed more memory than the device had left: its requests end, the engine goes on."""
+
+    status = 503
+    exit_code = 75
 
 
 class ModelOverflow(UmaError):

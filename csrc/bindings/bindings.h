@@ -25,5 +25,6 @@ void bind_lora(pybind11::module_& m);
 void bind_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
+void bind_tape(pybind11::module_& m);
 
 }  // namespace uma

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/tape.h"
 
 namespace uma {
 
@@ -15,12 +16,14 @@ void bind_lora(pybind11::module_& m) {
       },
       NoGil());
   // `adapters` is a tuple of addresses, 0 for none.
-  m.def("lora", [](uintptr_t x, uintptr_t out, const pybind11::tuple& adapters, uintptr_t offsets, uintptr_t order) {
+  m.def("lora", [](uintptr_t x, uintptr_t out, int64_t out_stride, const pybind11::tuple& adapters, uintptr_t offsets, uintptr_t order) {
     std::vector<const uint8_t*> addresses(adapters.size());
     for (size_t i = 0; i < addresses.size(); ++i) addresses[i] = at<const uint8_t>(adapters[i].cast<uintptr_t>());
     pybind11::gil_scoped_release release;
-    UMA_SELECT(lora_ops)().lora(at<const float>(x), at<float>(out), addresses.data(), at<const int32_t>(offsets),
-                                static_cast<int64_t>(addresses.size()), at<const int32_t>(order));
+    taped([=] {
+      UMA_SELECT(lora_ops)().lora(at<const float>(x), at<float>(out), out_stride, addresses.data(), at<const int32_t>(offsets),
+                                  static_cast<int64_t>(addresses.size()), at<const int32_t>(order));
+    });
   });
 }
 

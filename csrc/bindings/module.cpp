@@ -13,4 +13,5 @@ PYBIND11_MODULE(_C, m) {
   uma::bind_norm(m);
   uma::bind_rope(m);
   uma::bind_sampling(m);
+  uma::bind_tape(m);
 }

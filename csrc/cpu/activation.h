@@ -6,9 +6,10 @@
 namespace uma {
 
 struct ActivationOps {
-  // out[i] = silu(gate[i]) * up[i] and gelu_tanh(gate[i]) * up[i], over n floats; out may be gate or up.
-  void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
-  void (*geglu_tanh)(const float* gate, const float* up, float* out, int64_t n);
+  // A row of gate_up holds `width` floats of gate, then as many of up; a row of out holds silu(gate) * up, or
+  // gelu_tanh(gate) * up.
+  void (*swiglu)(const float* gate_up, float* out, int64_t rows, int64_t width);
+  void (*geglu_tanh)(const float* gate_up, float* out, int64_t rows, int64_t width);
 };
 
 UMA_DECLARE_PER_ISA(const ActivationOps& activation_ops();)

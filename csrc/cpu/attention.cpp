@@ -147,9 +147,8 @@ void gather_tile(const AttentionArgs& args, const Task& task, int64_t tile, int6
   for (int64_t j = 0; j < kTile; ++j) key_rows[j] = zeros;
   for (int64_t j = begin; j < end; ++j) {
     const int64_t slot = task.context.slot(tile * kTile + j);
-    const int64_t offset = (slot >= 0 ? slot : -slot - 1) * stride + head;
-    key_rows[j] = (slot >= 0 ? args.k_cache : args.k) + offset;
-    const float* value = (slot >= 0 ? args.v_cache : args.v) + offset;
+    key_rows[j] = (slot >= 0 ? args.k_cache + slot * stride : args.k + (-slot - 1) * args.k_stride) + head;
+    const float* value = (slot >= 0 ? args.v_cache + slot * stride : args.v + (-slot - 1) * args.v_stride) + head;
     float* to = work.values + j * work.width;
     int64_t d = 0;
     for (; d + kLanes <= work.dim; d += kLanes) store(to + d, load(value + d));
@@ -235,10 +234,10 @@ void attend_rows(const AttentionArgs& args, const Task& task, int64_t tile, int6
 
 void run_task(const AttentionArgs& args, const Task& task) {
   const int64_t group = args.heads / args.kv_heads, dim = args.head_dim, rows = task.positions * group;
-  const int64_t token_stride = args.heads * dim, offset = task.row * token_stride + task.kv_head * group * dim;
+  const int64_t out_stride = args.heads * dim, head = task.kv_head * group * dim;
   Work work(rows, dim);
   for (int64_t p = 0; p < task.positions; ++p) {
-    const float* from = args.q + offset + p * token_stride;
+    const float* from = args.q + (task.row + p) * args.q_stride + head;
     float* to = work.q + p * group * dim;
     for (int64_t i = 0; i < group * dim; ++i) to[i] = from[i] * args.scale;
   }
@@ -252,7 +251,7 @@ void run_task(const AttentionArgs& args, const Task& task) {
   for (int64_t row = 0; row < rows; ++row) {
     const float total = reduce_add(load(work.total + row * kLanes));
     const float* from = work.out + row * work.width;
-    float* to = args.out + offset + row / group * token_stride + row % group * dim;
+    float* to = args.out + (task.row + row / group) * out_stride + head + row % group * dim;
     for (int64_t d = 0; d < dim; ++d) to[d] = from[d] / total;
   }
 }

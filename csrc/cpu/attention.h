@@ -6,6 +6,7 @@
 namespace uma {
 
 // What both forms of attention share: q and out [rows, heads, head_dim], caches [num_slots, kv_heads, head_dim].
+// Rows of q, k and v begin `q_stride`, `k_stride` and `v_stride` floats apart.
 struct AttentionArgs {
   const float* q;
   const float* k;  // this step's keys and values [rows, kv_heads, head_dim]; null in paged_decode
@@ -13,6 +14,7 @@ struct AttentionArgs {
   const float* k_cache;
   const float* v_cache;
   float* out;
+  int64_t q_stride, k_stride, v_stride;
   int64_t rows, num_slots, heads, kv_heads, head_dim;
   float scale;
   int64_t window;  // 0: none

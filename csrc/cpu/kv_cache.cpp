@@ -25,15 +25,15 @@ void for_rows(int64_t rows, int64_t width, const Row& row) {
   });
 }
 
-int64_t write(const float* k, const float* v, float* k_cache, float* v_cache, const int32_t* slots, int64_t tokens,
-              int64_t num_slots, int64_t width) {
+int64_t write(const float* k, int64_t k_stride, const float* v, int64_t v_stride, float* k_cache, float* v_cache,
+              const int32_t* slots, int64_t tokens, int64_t num_slots, int64_t width) {
   const int64_t bad = first_outside(slots, tokens, -1, num_slots);
   if (bad >= 0 || width == 0) return bad;
   const size_t bytes = static_cast<size_t>(width) * sizeof(float);
   for_rows(tokens, width, [&](int64_t t) {
     if (slots[t] < 0) return;
-    std::memcpy(k_cache + slots[t] * width, k + t * width, bytes);
-    std::memcpy(v_cache + slots[t] * width, v + t * width, bytes);
+    std::memcpy(k_cache + slots[t] * width, k + t * k_stride, bytes);
+    std::memcpy(v_cache + slots[t] * width, v + t * v_stride, bytes);
   });
   return -1;
 }

@@ -23,23 +23,23 @@ struct FewRows {
 };
 
 template <typename F, int kRows>
-void few_rows(const PackedWeight& w, const float* x, const float* bias, float* out) {
+void few_rows(const PackedWeight& w, const float* x, const float* bias, float* out, int64_t ldo) {
   const int64_t panels = w.panels();
   const int64_t groups = w.n * w.k * kRows < kSerialWork ? 1 : group_count(panels, 6);
   parallel_for(groups, [&](int64_t group) {
     int64_t panel = panels * group / groups;
     const int64_t end = panels * (group + 1) / groups;
     for (; panel + FewRows<kRows>::kPanels <= end; panel += FewRows<kRows>::kPanels)
-      few_rows_tile<F, kRows, FewRows<kRows>::kPanels, FewRows<kRows>::kV>(w, panel, x, bias, out);
-    for (; panel < end; ++panel) few_rows_tile<F, kRows, 1, FewRows<kRows>::kV>(w, panel, x, bias, out);
+      few_rows_tile<F, kRows, FewRows<kRows>::kPanels, FewRows<kRows>::kV>(w, panel, x, bias, out, ldo);
+    for (; panel < end; ++panel) few_rows_tile<F, kRows, 1, FewRows<kRows>::kV>(w, panel, x, bias, out, ldo);
   });
 }
 
 // few_rows for rows = kRows, kRows - 1, ... 1.
 template <typename F, int kRows>
-void few_rows_of(int64_t rows, const PackedWeight& w, const float* x, const float* bias, float* out) {
-  if (rows == kRows) return few_rows<F, kRows>(w, x, bias, out);
-  if constexpr (kRows > 1) few_rows_of<F, kRows - 1>(rows, w, x, bias, out);
+void few_rows_of(int64_t rows, const PackedWeight& w, const float* x, const float* bias, float* out, int64_t ldo) {
+  if (rows == kRows) return few_rows<F, kRows>(w, x, bias, out, ldo);
+  if constexpr (kRows > 1) few_rows_of<F, kRows - 1>(rows, w, x, bias, out, ldo);
 }
 
 // to[i][32] = one panel's weights at k = i, dequantised; `slice` is where the first of them lies.
@@ -58,7 +58,7 @@ void dequantize_slice(const PackedWeight& w, const uint8_t* slice, int64_t depth
 // tiles pass.
 template <typename F>
 void many_rows(const PackedWeight& w, int64_t panel, int64_t panel_end, const float* tiled, int64_t rows, int64_t tiles,
-               int64_t tile, int64_t tile_end, const float* bias, float* out) {
+               int64_t tile, int64_t tile_end, const float* bias, float* out, int64_t ldo) {
   static thread_local Scratch scratch;
   const int64_t full = slice_depth(w.k), panel_bytes = w.panel_bytes();
   float* dense = F::kBits == 32 ? nullptr : scratch.floats(full * kPanel);
@@ -79,7 +79,7 @@ void many_rows(const PackedWeight& w, int64_t panel, int64_t panel_end, const fl
           const int64_t n = p * kPanel + column;
           if (n >= w.n) break;
           float* to[kTileRows];
-          for (int r = 0; r < count; ++r) to[r] = out + (first + r) * w.n + n;
+          for (int r = 0; r < count; ++r) to[r] = out + (first + r) * ldo + n;
           Tiles<kTileVecs>::of(count)({tiled + first * w.k + k * count, weights + column, kPanel, depth, to, w.n - n,
                                        {k > 0, k + depth == w.k && bias ? bias + n : nullptr}});
         }
@@ -88,7 +88,7 @@ void many_rows(const PackedWeight& w, int64_t panel, int64_t panel_end, const fl
   }
 }
 
-void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out) {
+void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, int64_t out_stride) {
   if (rows == 0 || w.n == 0) return;
   static thread_local Scratch scratch;
   const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock;
@@ -96,7 +96,7 @@ void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bi
     const int64_t begin = rows * block / row_blocks, count = rows * (block + 1) / row_blocks - begin;
     const int64_t tiles = tile_count(count);
     const float* source = x + begin * w.k;
-    float* to = out + begin * w.n;
+    float* to = out + begin * out_stride;
     float* tiled = count == 1 ? nullptr : scratch.floats(count * w.k);
     const auto interleave = [&](int64_t tile) {
       const int64_t first = tile_begin(count, tiles, tile), end = tile_begin(count, tiles, tile + 1);
@@ -107,7 +107,7 @@ void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bi
     if (tiles == 1) {
       if (count > 1) interleave(0);
       with_format(w, [&](auto format) {
-        few_rows_of<decltype(format), kTileRows>(count, w, count == 1 ? source : tiled, bias, to);
+        few_rows_of<decltype(format), kTileRows>(count, w, count == 1 ? source : tiled, bias, to, out_stride);
       });
       continue;
     }
@@ -119,7 +119,7 @@ void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bi
       const int64_t group = task / cuts, cut = task % cuts;
       with_format(w, [&](auto format) {
         many_rows<decltype(format)>(w, panels * group / groups, panels * (group + 1) / groups, tiled, count, tiles,
-                                    tiles * cut / cuts, tiles * (cut + 1) / cuts, bias, to);
+                                    tiles * cut / cuts, tiles * (cut + 1) / cuts, bias, to, out_stride);
       });
     });
   }

@@ -30,8 +30,8 @@ struct PackedWeight {
 };
 
 struct LinearOps {
-  // out[t, n] = bias[n] + sum over k of x[t, k] * w[n, k]; bias may be null.
-  void (*linear)(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out);
+  // out[t * out_stride + n] = bias[n] + sum over k of x[t, k] * w[n, k]; bias may be null. Nothing else is written.
+  void (*linear)(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, int64_t out_stride);
 };
 
 struct PackedWeightOps {

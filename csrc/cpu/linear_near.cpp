@@ -45,7 +45,7 @@ NearTileFn near_tile_of(int64_t rows, int* columns) {
 
 // A whole product of few rows, one tile: each weight is read once and unpacked in registers.
 template <bool kVnni, int kBits>
-void few_rows(const QuantizedRows& x, const PackedWeight& w, const float* bias, float* out) {
+void few_rows(const QuantizedRows& x, const PackedWeight& w, const float* bias, float* out, int64_t ldo) {
   int step_columns = 0;
   const NearTileFn run = near_tile_of<kVnni, kBits, kNearRows>(x.rows, &step_columns);
   const int64_t panels = w.panels();
@@ -56,7 +56,7 @@ void few_rows(const QuantizedRows& x, const PackedWeight& w, const float* bias, 
         const int64_t n = p * kPanel + column;
         if (n >= w.n) break;
         run({x.pairs, x.scales, w.data + p * w.panel_bytes(), w.block_bytes(), nullptr, x.blocks, w.block_size / 2,
-             w.has_mins, false, column, bias ? bias + n : nullptr, out + n, w.n, w.n - n});
+             w.has_mins, false, column, bias ? bias + n : nullptr, out + n, ldo, w.n - n});
       }
     }
   });
@@ -66,7 +66,7 @@ void few_rows(const QuantizedRows& x, const PackedWeight& w, const float* bias, 
 // tiles pass.
 template <bool kVnni, int kBits>
 void many_rows(const QuantizedRows& x, const PackedWeight& w, int64_t panel, int64_t panel_end, int64_t tile,
-               int64_t tile_end, const float* bias, float* out) {
+               int64_t tile_end, const float* bias, float* out, int64_t ldo) {
   static thread_local Scratch scratch;
   const int64_t full = slice_depth(w.k), panel_bytes = w.panel_bytes();
   int32_t* unpacked = static_cast<int32_t*>(scratch.bytes(full / 2 * kPanel * sizeof(int32_t)));
@@ -87,7 +87,7 @@ void many_rows(const QuantizedRows& x, const PackedWeight& w, int64_t panel, int
           const int64_t n = p * kPanel + column;
           if (n >= w.n) break;
           run({x.pairs_of(t, block), x.scales_of(t, block), slice, w.block_bytes(), unpacked, blocks, w.block_size / 2,
-               w.has_mins, k > 0, column, k + depth == w.k && bias ? bias + n : nullptr, out + first * w.n + n, w.n,
+               w.has_mins, k > 0, column, k + depth == w.k && bias ? bias + n : nullptr, out + first * ldo + n, ldo,
                w.n - n});
         }
       }
@@ -96,7 +96,7 @@ void many_rows(const QuantizedRows& x, const PackedWeight& w, int64_t panel, int
 }
 
 template <bool kVnni, int kBits>
-void product(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out) {
+void product(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, int64_t ldo) {
   static thread_local Scratch pairs, scales;
   const int64_t row_blocks = (rows + kRowBlock - 1) / kRowBlock, blocks = w.k / w.block_size;
   for (int64_t row_block = 0; row_block < row_blocks; ++row_block) {
@@ -105,7 +105,7 @@ void product(const float* x, int64_t rows, const PackedWeight& w, const float* b
     const QuantizedRows q{static_cast<int32_t*>(pairs.bytes(count * blocks * kPairs * sizeof(int32_t))),
                           scales.floats(count * blocks * 2), count, tiles, blocks};
     const float* from = x + begin * w.k;
-    float* to = out + begin * w.n;
+    float* to = out + begin * ldo;
     const auto quantize = [&](int64_t tile) {
       const int64_t first = q.first(tile), size = q.first(tile + 1) - first;
       const auto run = w.block_size == 32 ? quantize_rows<32> : quantize_rows<16>;
@@ -113,7 +113,7 @@ void product(const float* x, int64_t rows, const PackedWeight& w, const float* b
     };
     if (tiles == 1) {
       quantize(0);
-      few_rows<kVnni, kBits>(q, w, bias, to);
+      few_rows<kVnni, kBits>(q, w, bias, to, ldo);
       continue;
     }
     parallel_for(tiles, quantize);
@@ -123,19 +123,24 @@ void product(const float* x, int64_t rows, const PackedWeight& w, const float* b
     parallel_for(groups * cuts, [&](int64_t task) {
       const int64_t group = task / cuts, cut = task % cuts;
       many_rows<kVnni, kBits>(q, w, panels * group / groups, panels * (group + 1) / groups, tiles * cut / cuts,
-                              tiles * (cut + 1) / cuts, bias, to);
+                              tiles * (cut + 1) / cuts, bias, to, ldo);
     });
   }
 }
 
-void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, bool vnni) {
+void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, int64_t out_stride,
+            bool vnni) {
   if (rows == 0 || w.n == 0) return;
 #if defined(UMA_ISA_AVX2) || defined(UMA_ISA_AVX512)
-  if (vnni) return w.bits == 4 ? product<true, 4>(x, rows, w, bias, out) : product<true, 8>(x, rows, w, bias, out);
+  if (vnni) {
+    return w.bits == 4 ? product<true, 4>(x, rows, w, bias, out, out_stride)
+                       : product<true, 8>(x, rows, w, bias, out, out_stride);
+  }
 #else
   (void)vnni;
 #endif
-  return w.bits == 4 ? product<false, 4>(x, rows, w, bias, out) : product<false, 8>(x, rows, w, bias, out);
+  return w.bits == 4 ? product<false, 4>(x, rows, w, bias, out, out_stride)
+                     : product<false, 8>(x, rows, w, bias, out, out_stride);
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ namespace uma {
 struct NearLinearOps {
   // As LinearOps::linear, for a quantised weight. `vnni`: use the CPU's VNNI instructions (vnni_available must be true);
   // changes no bit.
-  void (*linear)(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, bool vnni);
+  void (*linear)(const float* x, int64_t rows, const PackedWeight& w, const float* bias, float* out, int64_t out_stride,
+                 bool vnni);
 };
 
 UMA_DECLARE_PER_ISA(const NearLinearOps& near_linear_ops();)

@@ -127,6 +127,7 @@ static void near_tile(const NearStep& step) {
   const uint8_t* panel = step.panel;
   const int head = step.mins ? 256 : 128;
   for (int64_t block = 0; block < step.blocks; ++block) {
+    if (kBits != 0 && step.column == 0) prefetch_ahead(panel, step.block_bytes);
     vi dots[kRows][kV] = {};
     const uint8_t* quants = panel + head;
     const int32_t* value = x;

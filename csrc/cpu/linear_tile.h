@@ -28,6 +28,12 @@ constexpr int kTileRows = 12;
 constexpr int kTileRows = 6;
 #endif
 
+// Where few rows stream a weight, memory is asked for bytes this far ahead: hardware's prefetch ends with a page.
+constexpr int64_t kAhead = 3072;
+static UMA_INLINE void prefetch_ahead(const uint8_t* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + kAhead + i);
+}
+
 // Keeps a product from being fused with the addition after it: a dequantised weight is rounded after each step, as
 // BlockQuantized.dequantize rounds it.
 static UMA_INLINE vf rounded(vf v) {
@@ -122,12 +128,15 @@ static UMA_INLINE void for_weights(const PackedWeight& w, const uint8_t* at, int
     const int64_t block_bytes = w.block_bytes();
     for (int64_t k = 0; k < depth; k += w.block_size, at += block_bytes) {
       vf scale[kPanels][kV], min[kPanels][kV];
-      UMA_UNROLL for (int p = 0; p < kPanels; ++p)
+      UMA_UNROLL for (int p = 0; p < kPanels; ++p) {
+        // In 4 bits fp32 products are bound by unpacking, not by memory.
+        if (F::kBits == 8 && column == 0) prefetch_ahead(at + p * stride, block_bytes);
         UMA_UNROLL for (int v = 0; v < kV; ++v) {
           const float* parameters = reinterpret_cast<const float*>(at + p * stride) + column + v * kLanes;
           scale[p][v] = load(parameters);
           if constexpr (F::kMins) min[p][v] = load(parameters + kPanel);
         }
+      }
       const uint8_t* row = at + F::kQuants;
       for (int i = 0; i < w.block_size; ++i, row += F::kRow) {
         UMA_UNROLL for (int p = 0; p < kPanels; ++p)
@@ -175,10 +184,11 @@ static UMA_INLINE void finish_row(const vf (&sums)[kV], float* out, int64_t coun
   }
 }
 
-// A whole product of few rows: out rows `out`, `out + w.n`, ... of kRows rows of x ([K][kRows]) with kPanels panels of `w`
+// A whole product of few rows: out rows `out`, `out + ldo`, ... of kRows rows of x ([K][kRows]) with kPanels panels of `w`
 // from `first` on, the weight dequantised in registers.
 template <typename F, int kRows, int kPanels, int kV>
-static inline void few_rows_tile(const PackedWeight& w, int64_t first, const float* x, const float* bias, float* out) {
+static inline void few_rows_tile(const PackedWeight& w, int64_t first, const float* x, const float* bias, float* out,
+                                 int64_t ldo) {
   const uint8_t* panel = w.data + first * w.panel_bytes();
   const int64_t slice = slice_depth(w.k);
   UMA_UNROLL for (int column = 0; column < kPanel; column += kV * kLanes) {
@@ -195,7 +205,7 @@ static inline void few_rows_tile(const PackedWeight& w, int64_t first, const flo
       UMA_UNROLL for (int p = 0; p < kPanels; ++p) {
         const int64_t n = (first + p) * kPanel + column;
         const Finish finish{k > 0, k + depth == w.k && bias ? bias + n : nullptr};
-        UMA_UNROLL for (int r = 0; r < kRows; ++r) finish_row<kV>(sums[r][p], out + r * w.n + n, w.n - n, finish);
+        UMA_UNROLL for (int r = 0; r < kRows; ++r) finish_row<kV>(sums[r][p], out + r * ldo + n, w.n - n, finish);
       }
     }
   }

@@ -111,16 +111,17 @@ void shrink(const Adapter& adapter, const float* x, const int32_t* order, int ro
 }
 
 void expand(const Adapter& adapter, const float* shrunk, const int32_t* order, int rows, int64_t panel, int64_t panel_end,
-            float* out) {
+            float* out, int64_t out_stride) {
   for (; panel < panel_end; ++panel) {
     const int64_t n = panel * kPanel;
     float* to[kTileRows];
-    for (int i = 0; i < rows; ++i) to[i] = out + order[i] * adapter.n + n;
+    for (int i = 0; i < rows; ++i) to[i] = out + order[i] * out_stride + n;
     product(shrunk, rows, adapter.b + n * adapter.rank, kPanel, adapter.rank, to, adapter.n - n, true);
   }
 }
 
-void lora(const float* x, float* out, const uint8_t* const* adapters, const int32_t* offsets, int64_t count, const int32_t* order) {
+void lora(const float* x, float* out, int64_t out_stride, const uint8_t* const* adapters, const int32_t* offsets,
+          int64_t count, const int32_t* order) {
   static thread_local Scratch tile_memory, shrunk_memory;
   int64_t tiles = 0, rank = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -154,7 +155,8 @@ void lora(const float* x, float* out, const uint8_t* const* adapters, const int3
     const RowTile& t = tile[task / cuts];
     const Adapter adapter = unpack(adapters[t.adapter]);
     const int64_t panels = out_panels(adapter.n), cut = task % cuts;
-    expand(adapter, shrunk_of(t), order + t.first, t.rows, panels * cut / cuts, panels * (cut + 1) / cuts, out);
+    expand(adapter, shrunk_of(t), order + t.first, t.rows, panels * cut / cuts, panels * (cut + 1) / cuts,
+           out, out_stride);
   });
 }
 

@@ -44,17 +44,22 @@ void for_rows(int64_t rows, int64_t width, const Row& row) {
   const int64_t each = width < kTaskFloats ? kTaskFloats / width : 1;
   parallel_for((rows + each - 1) / each, [&](int64_t task) {
     const int64_t end = (task + 1) * each < rows ? (task + 1) * each : rows;
-    for (int64_t r = task * each; r < end; ++r) row(r * width);
+    for (int64_t r = task * each; r < end; ++r) row(r);
   });
 }
 
-void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps) {
-  for_rows(rows, width, [&](int64_t at) { norm_row(x + at, weight, out + at, width, eps); });
+void rms_norm(const float* x, int64_t x_stride, const float* weight, float* out, int64_t out_stride, int64_t rows,
+              int64_t heads, int64_t width, float eps) {
+  for_rows(rows, heads * width, [&](int64_t r) {
+    for (int64_t h = 0; h < heads; ++h)
+      norm_row(x + r * x_stride + h * width, weight, out + r * out_stride + h * width, width, eps);
+  });
 }
 
 void add_rms_norm(const float* x, float* residual, const float* weight, float* out, int64_t rows, int64_t width,
                   float eps) {
-  for_rows(rows, width, [&](int64_t at) {
+  for_rows(rows, width, [&](int64_t r) {
+    const int64_t at = r * width;
     for (int64_t i = 0; i < width; ++i) residual[at + i] += x[at + i];
     norm_row(residual + at, weight, out + at, width, eps);
   });

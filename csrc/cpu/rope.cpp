@@ -36,8 +36,8 @@ void rotate_heads(float* x, int64_t heads, int64_t half, const float* cos, const
   }
 }
 
-int64_t rope(float* q, float* k, const int64_t* positions, const float* table, int64_t tokens, int64_t heads,
-             int64_t kv_heads, int64_t head_dim, int64_t table_rows) {
+int64_t rope(float* q, int64_t q_stride, float* k, int64_t k_stride, const int64_t* positions, const float* table,
+             int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t table_rows) {
   for (int64_t t = 0; t < tokens; ++t)
     if (positions[t] < 0 || positions[t] >= table_rows) return t;
   const int64_t half = head_dim / 2, width = (heads + kv_heads) * head_dim;
@@ -46,8 +46,8 @@ int64_t rope(float* q, float* k, const int64_t* positions, const float* table, i
     const int64_t end = (task + 1) * each < tokens ? (task + 1) * each : tokens;
     for (int64_t t = task * each; t < end; ++t) {
       const float* cos = table + positions[t] * head_dim;
-      rotate_heads(q + t * heads * head_dim, heads, half, cos, cos + half);
-      rotate_heads(k + t * kv_heads * head_dim, kv_heads, half, cos, cos + half);
+      rotate_heads(q + t * q_stride, heads, half, cos, cos + half);
+      rotate_heads(k + t * k_stride, kv_heads, half, cos, cos + half);
     }
   });
   return -1;

@@ -5,17 +5,35 @@ Knows tensors' outsides; does not know what an op computes.
 
 from __future__ import annotations
 
+import os
+
 import torch
 
-__all__ = ["ShapeError", "check", "out_like", "ptr"]
+__all__ = ["FLOATS", "ShapeError", "check", "check_indices", "out_like", "ptr", "readable"]
+
+_CHECK_VALUES = os.environ.get("UMA_CHECK_VALUES") == "1"  # read once
+FLOATS = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+)  # what an op takes on a GPU; on the CPU compiled kernels take fp32
 
 
 class ShapeError(ValueError):
     """A tensor's shape, dtype, device or layout is not what the op takes."""
 
 
-def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype: torch.dtype = torch.float32) -> None:
-    """Raise ShapeError unless `tensor` has `shape` (None: any size), `dtype`, lies on the CPU or a GPU, and is contiguous."""
+def check(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...] = torch.float32,
+    strided: bool = False,
+) -> None:
+    """Raise ShapeError unless `tensor` has `shape` (None: any size) and `dtype` (or one of them), and is contiguous.
+
+    `strided`: rows (along the first dimension) that are contiguous and lie further apart than their length are fine too.
+    """
     actual = tensor.shape
     # Called several times an op: the good case first, and cheaply.
     fits = actual == shape
@@ -28,17 +46,48 @@ def check(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...], dtype:
     if not fits:
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ShapeError(f"`{name}` has shape {list(actual)} but must have [{wanted}]")
-    if tensor.dtype is not dtype:
-        raise ShapeError(f"`{name}` has dtype {tensor.dtype} but must have {dtype}")
-    if not tensor.is_contiguous():
+    if tensor.dtype is not dtype and (isinstance(dtype, torch.dtype) or tensor.dtype not in dtype):
+        wanted_dtype = dtype if isinstance(dtype, torch.dtype) else " or ".join(map(str, dtype))
+        raise ShapeError(f"`{name}` has dtype {tensor.dtype} but must have {wanted_dtype}")
+    if not tensor.is_contiguous() and not (strided and _rows_lie_apart(tensor)):
         raise ShapeError(f"`{name}` with shape {list(actual)} and strides {list(tensor.stride())} must be contiguous")
 
 
-def out_like(name: str, out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+def _rows_lie_apart(tensor: torch.Tensor) -> bool:
+    width = 1  # of a row, in elements
+    for size, stride in zip(reversed(tensor.shape[1:]), reversed(tensor.stride()[1:]), strict=True):
+        if size != 1 and stride != width:
+            return False
+        width *= size
+    return tensor.stride(0) >= width
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether an op may look at values to refuse bad ones: on a GPU the host would wait for the device, so there only with
+    `UMA_CHECK_VALUES=1`, and never while a graph is captured."""
+    if tensor.device.type == "cpu":
+        return True
+    return _CHECK_VALUES and not torch.cuda.is_current_stream_capturing()
+
+
+def check_indices(name: str, indices: torch.Tensor, low: int, high: int) -> None:
+    """Raise IndexError unless every element is in low .. high - 1; nothing where values are not `readable`."""
+    if not readable(indices):
+        return
+    bad = ((indices < low) | (indices >= high)).nonzero()
+    if bad.numel():
+        at = bad[0].tolist()
+        value = int(indices[tuple(at)])
+        raise IndexError(f"`{name}[{', '.join(map(str, at))}]` is {value}, outside {low} .. {high - 1}")
+
+
+def out_like(
+    name: str, out: torch.Tensor | None, shape: tuple[int, ...], like: torch.Tensor, strided: bool = False
+) -> torch.Tensor:
     """`out` checked, or a new uninitialised tensor of `shape` with the dtype and device of `like`."""
     if out is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
-    check(name, out, shape, like.dtype)
+    check(name, out, shape, like.dtype, strided)
     return out
 
 

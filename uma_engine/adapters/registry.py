@@ -6,15 +6,18 @@ it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from uma_engine.adapters.loader import LoadedAdapter, load_adapter
 from uma_engine.core import AdapterRef
 from uma_engine.errors import AdapterError, InvariantViolation, Overloaded, UnknownAdapter
+from uma_kernels.dispatch import use_backend
 from uma_kernels.lora import PackedLora
 
 __all__ = ["AdapterInfo", "AdapterRegistry"]
@@ -44,20 +47,34 @@ class _Resident:
     name: str | None = field(default=None)  # None once unloaded or replaced: it leaves with its last request
 
 
+class Pools(Protocol):
+    """A device's memory for adapters. `load` returns when the factors are there."""
+
+    def load(self, slot: int, packed: Mapping[str, PackedLora]) -> None: ...
+
+
 class AdapterRegistry:
     """Slots 0..max_loras-1 of one base, whose sites are fixed.
 
     A slot's content never changes while a request holds its adapter: an unloaded or replaced adapter stays until its
     last request is released, and a reload goes to another slot. Nothing is evicted to make room.
+
+    `pools`: where factors also go on a device, before anybody can ask for them. Uploads take turns among themselves, and
+    nobody else waits for one.
     """
 
-    def __init__(self, max_loras: int, max_rank: int, sites: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, max_loras: int, max_rank: int, sites: Mapping[str, tuple[int, int]], pools: Pools | None = None
+    ) -> None:
         self._max_rank = max_rank
+        self._pools = pools
+        self._loading = threading.Lock()
         self._site_shapes = dict(sites)
         self._lock = threading.Lock()
         self._slots: list[_Resident | None] = [None] * max_loras
         self._names: dict[str, _Resident] = {}
         self._sites: dict[str, list[PackedLora | None]] = {site: [None] * max_loras for site in sites}
+        self._version = 0
 
     def load(self, name: str, path: str | Path) -> AdapterRef:
         """Load the PEFT directory `path` under `name`; requests that ask for the name from now on get it.
@@ -71,19 +88,46 @@ class AdapterRegistry:
             raise AdapterError(
                 f"the adapter name {name[:MAX_NAME_CHARS]!r} is not 1 to {MAX_NAME_CHARS} printable characters"
             )
-        adapter = load_adapter(path, self._site_shapes, self._max_rank)
-        with self._lock:
-            old = self._names.get(name)
-            if old is not None and old.ref.digest == adapter.digest:
-                return old.ref
+        # What goes to a device stays in plain tensors here.
+        with contextlib.nullcontext() if self._pools is None else use_backend("reference"):
+            adapter = load_adapter(path, self._site_shapes, self._max_rank)
+        if self._pools is None:
+            with self._lock:
+                return self._install(name, path, adapter, None)
+        with self._loading:
+            with self._lock:
+                old = self._names.get(name)
+                if old is not None and old.ref.digest == adapter.digest:
+                    return old.ref
+                slot = self._slot_for(name, old)
+                if self._slots[slot] is not None and old is not None:
+                    self._forget(old)  # idle, and the only place left is its own
+                reserved = self._slots[slot] = _Resident(AdapterRef(adapter.digest, slot), adapter, str(path), 1)
+            try:
+                self._pools.load(slot, adapter.packed)
+            except BaseException:
+                with self._lock:
+                    self._slots[slot] = None
+                raise
+            with self._lock:
+                assert self._slots[slot] is reserved
+                return self._install(name, path, adapter, slot)
+
+    def _install(self, name: str, path: str | Path, adapter: LoadedAdapter, slot: int | None) -> AdapterRef:
+        """Give `name` this meaning, in `slot`, or in a free one."""
+        old = self._names.get(name)
+        if old is not None and old.ref.digest == adapter.digest:
+            return old.ref
+        if slot is None:
             slot = self._slot_for(name, old)
-            if old is not None:
-                self._forget(old)
-            resident = _Resident(AdapterRef(adapter.digest, slot), adapter, str(path), name=name)
-            self._slots[slot] = self._names[name] = resident
-            for site, packed in adapter.packed.items():
-                self._sites[site][slot] = packed
-            return resident.ref
+        if old is not None:
+            self._forget(old)
+        resident = _Resident(AdapterRef(adapter.digest, slot), adapter, str(path), name=name)
+        self._slots[slot] = self._names[name] = resident
+        for site, packed in adapter.packed.items():
+            self._sites[site][slot] = packed
+        self._version += 1
+        return resident.ref
 
     def unload(self, name: str) -> None:
         """Take the name away at once; the memory goes with the last request that holds the adapter.
@@ -116,6 +160,11 @@ class AdapterRegistry:
             if resident is None or resident.ref != ref:
                 raise UnknownAdapter(f"the adapter with digest `{ref.digest.hex()[:12]}` is no longer loaded")
             return resident.path
+
+    @property
+    def version(self) -> int:
+        """Another number whenever a slot has got or lost its adapter."""
+        return self._version
 
     def sites_of(self, site: str) -> Sequence[PackedLora | None]:
         """The resident adapters of a site, indexed by slot; a live view."""
@@ -176,6 +225,7 @@ class AdapterRegistry:
         self._slots[slot] = None
         for site in resident.adapter.packed:
             self._sites[site][slot] = None
+        self._version += 1
 
 
 def _info(name: str, resident: _Resident) -> AdapterInfo:

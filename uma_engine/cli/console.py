@@ -85,7 +85,7 @@ class FetchProgress:
 def open_engine(
     args: argparse.Namespace, model: str | None = None, **options: Any
 ) -> Iterator[tuple[Engine, str | None]]:
-    """The engine that `--model`, `--adapter`, `--precision`, `--threads` and `options` describe, and its adapter's name, if any.
+    """The engine that the command's options and `options` describe, and its adapter's name, if any.
 
     What is given on the command line goes before `options`.
     """
@@ -95,6 +95,9 @@ def open_engine(
     if args.precision is not None:
         options["precision"] = args.precision
     _check_threads(args.threads)
+    options |= {"device": args.device, "dtype": args.dtype}
+    if args.device != "cpu":
+        options["max_loras"] = 1 if args.adapter else 0  # a device sets memory aside for each that may come
     if args.threads is not None:
         options["num_threads"] = args.threads
     with FetchProgress() as progress:

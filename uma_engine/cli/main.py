@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from uma_engine._version import __version__
 from uma_engine.catalog import DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
-from uma_engine.config import PRECISIONS
+from uma_engine.config import DEVICES, DTYPES, PRECISIONS
 from uma_engine.errors import UmaError
 
 __all__ = ["main"]
@@ -143,6 +143,13 @@ def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> N
         default=None if recorded else "near",
         help="arithmetic of the linear layers: exact is fp32; near has 16-bit activations and is faster "
         f"(default: {'the recorded one' if recorded else 'near'})",
+    )
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="type of weights and activations on a GPU (default: bfloat16)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)"

@@ -6,16 +6,19 @@ exactly one `on_finished`.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import gc
 import logging
 import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from uma_engine.core import FinishReason, Request, SchedulerOutput, StepResult
+from uma_engine.core import FinishReason, Request, RequestKind, SchedulerOutput, StepResult
 from uma_engine.errors import (
     DeadlineExceeded,
     EngineUnavailable,
@@ -25,7 +28,7 @@ from uma_engine.errors import (
     RequestCancelled,
     UmaError,
 )
-from uma_engine.scheduler import Finished, Scheduler, ScoreReady, TokenReady
+from uma_engine.scheduler import Event, Finished, Scheduler, ScoreReady, TokenReady
 
 __all__ = ["EngineLoop", "Sink"]
 
@@ -46,6 +49,28 @@ class Sink(Protocol):
 
 class Runner(Protocol):
     def run(self, output: SchedulerOutput) -> StepResult: ...
+
+
+class Launched(Protocol):
+    """A step under way on a device."""
+
+    def result(self) -> StepResult: ...
+
+
+@runtime_checkable
+class LaunchingRunner(Protocol):
+    """A runner that need not be waited for. Steps run in the order in which they are launched."""
+
+    def launch(self, output: SchedulerOutput) -> Launched: ...
+
+
+@dataclass(slots=True)
+class _Underway:
+    """A step whose effects the scheduler has taken for granted, and the events that wait for its scores."""
+
+    output: SchedulerOutput
+    launched: Launched
+    events: list[Event]
 
 
 class EngineLoop:
@@ -73,6 +98,7 @@ class EngineLoop:
         self._sinks: dict[str, Sink] = {}  # the loop thread's own
         self._closing = False
         self._dead: BaseException | None = None
+        self._underway: _Underway | None = None
         self.num_steps = 0
         self.step_seconds = 0.0
         self._pid = os.getpid()
@@ -170,13 +196,15 @@ class EngineLoop:
                 self._on_thread_start()
             while True:
                 with self._wake:
-                    while not (self._commands or self._closing or self._scheduler.has_unfinished()):
+                    while not (self._commands or self._closing or self._underway or self._scheduler.has_unfinished()):
                         self._wake.wait()
                 if self._closing:
                     break
                 self._run_commands()
                 if self._scheduler.has_unfinished():
                     self._step()
+                else:
+                    self._land()
         except BaseException as error:  # a fault of ours: nobody may hang because of it
             logger.exception("the engine's step loop failed")
             self._dead = error
@@ -216,21 +244,76 @@ class EngineLoop:
         for request, reason in output.finished:
             self._finish(request.request_id, reason)
         if not output.chunks:
+            self._land()
             return
         try:
-            result = self._runner.run(output)
+            if isinstance(self._runner, LaunchingRunner):
+                with _collector_paused():
+                    events = self._launch(self._runner, output)
+            else:
+                events = self._scheduler.update(output, self._runner.run(output))
         except Exception as error:
             logger.exception("a step failed")
             failure = error if isinstance(error, UmaError) else InvariantViolation(f"a step failed: {error!r}")
+            self._land()
             for event in self._scheduler.abort_step(output, failure):
                 if isinstance(event, Finished):
                     ours = failure if event.reason is FinishReason.ERROR else None
                     self._finish(event.request.request_id, event.reason, ours)
             return
-        for event in self._scheduler.update(output, result):
+        for event in events:
             self._deliver(event)
         self.num_steps += 1
         self.step_seconds += time.perf_counter() - started
+
+    def _launch(self, runner: LaunchingRunner, output: SchedulerOutput) -> list[Event]:
+        """Begin a step and, while the device works, hand over what the one before brought.
+
+        A step that only scores changes the schedule in a way that does not depend on its scores: the scheduler is told at
+        once that it is done, and the next step is planned and launched behind it. What it frees can be given away, for
+        steps run in order. A step with tokens is waited for: the next one needs them.
+        """
+        launched = runner.launch(output)
+        if any(chunk.wants_output and chunk.request.kind is not RequestKind.SCORE for chunk in output.chunks):
+            self._land()
+            return self._scheduler.update(output, launched.result())
+        unknown: list[list[float] | int | UmaError] = [[] for chunk in output.chunks if chunk.wants_output]
+        underway = _Underway(output, launched, self._scheduler.update(output, StepResult(unknown)))
+        self._land()
+        self._underway = underway
+        return []
+
+    def _land(self) -> None:
+        """Wait for the step under way, if there is one, and deliver what it brought."""
+        underway, self._underway = self._underway, None
+        if underway is None:
+            return
+        wanted = [chunk for chunk in underway.output.chunks if chunk.wants_output]
+        try:
+            outputs = underway.launched.result().outputs
+        except Exception as error:
+            logger.exception("a step failed")
+            failure = error if isinstance(error, UmaError) else InvariantViolation(f"a step failed: {error!r}")
+            for chunk in underway.output.chunks:
+                self._fail(chunk.request.request_id, failure)
+            return
+        found = {
+            (chunk.request.request_id, chunk.segment_index): value for chunk, value in zip(wanted, outputs, strict=True)
+        }
+        for event in underway.events:
+            if isinstance(event, ScoreReady):
+                value = found[event.request.request_id, event.segment_index]
+                if isinstance(value, UmaError):
+                    self._fail(event.request.request_id, value)
+                    continue
+                assert isinstance(value, list)
+                event.logits = value
+            self._deliver(event)
+
+    def _fail(self, request_id: str, error: UmaError) -> None:
+        """End a request whose step went wrong after the scheduler had taken it for done."""
+        self._scheduler.finish(request_id, FinishReason.ERROR)
+        self._finish(request_id, FinishReason.ERROR, error)
 
     def _deliver(self, event: ScoreReady | TokenReady | Finished) -> None:
         request_id = event.request.request_id
@@ -267,6 +350,8 @@ class EngineLoop:
             logger.exception("a listener of request `%s` failed at its end", request_id)
 
     def _end_all(self) -> None:
+        if self._dead is None:
+            self._land()
         with self._wake:
             self._closing = True
         while True:
@@ -280,3 +365,18 @@ class EngineLoop:
         cause = f"the engine stopped: {self._dead}" if self._dead is not None else "the engine was closed"
         for request_id in list(self._sinks):
             self._finish(request_id, FinishReason.ERROR, EngineUnavailable(cause))
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """No garbage collection of this process while the host prepares a device's step: the device would wait for it. Between
+    steps it runs as always; who has turned it off finds it off.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

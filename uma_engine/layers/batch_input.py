@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from uma_kernels.attention import AttentionBatch
-from uma_kernels.lora import LoraRouting
+from uma_kernels.lora import DeviceRouting, LoraRouting
 
-__all__ = ["BatchInput", "DecodeBatch", "KVCacheTensors"]
+__all__ = ["BatchInput", "DecodeBatch", "KVCacheTensors", "Routing"]
+
+Routing = LoraRouting | DeviceRouting  # on the CPU, on a device
 
 
 @dataclass(frozen=True, slots=True)
 class KVCacheTensors:
-    """Keys and values of every layer: `k[layer]`, `v[layer]` [S, Hkv, D] fp32, S slots of one token each."""
+    """Keys and values of every layer: `k[layer]`, `v[layer]` [S, Hkv, D], S slots of one token each."""
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
@@ -59,8 +61,8 @@ class BatchInput:
     output_rows: torch.Tensor
     last_attention: AttentionBatch | None = None
     decode: DecodeBatch | None = None
-    lora_routing: LoraRouting | None = None
-    output_lora_routing: LoraRouting | None = None
+    lora_routing: Routing | None = None
+    output_lora_routing: Routing | None = None
 
     @property
     def num_decodes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from uma_engine.layers.attention import Attention
 from uma_engine.layers.batch_input import BatchInput
-from uma_engine.layers.linear import AdapterSites
+from uma_engine.layers.linear import Adapters
 from uma_engine.layers.mlp import GatedMLP
 from uma_engine.layers.norm import RMSNorm
 
@@ -47,7 +47,7 @@ class Block:
         batch: BatchInput,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
-        adapters: AdapterSites | None,
+        adapters: Adapters | None,
         prune: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) [T, K] -> the same; with `prune` [R, K], the output rows alone. x None: nothing to add yet."""

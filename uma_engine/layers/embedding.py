@@ -23,5 +23,4 @@ class Embedding:
 
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T] int64 -> [T, K] fp32, a new tensor that the caller may change."""
-        rows = gather_rows(self.weight, input_ids)
-        return rows if self.scale is None else rows.mul_(self.scale)
+        return gather_rows(self.weight, input_ids, scale=1.0 if self.scale is None else self.scale)

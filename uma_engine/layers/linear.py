@@ -1,29 +1,56 @@
-"""A matrix product with its packed weight, its bias and the adapters that change it.
+"""Matrix products with packed weights, their biases and the adapters that change them.
 
-Knows one weight and the name of its place; does not know which layer it serves or how adapters are loaded.
+Knows weights and the names of their places; does not know which layer they serve or how adapters are loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 
+from uma_engine.layers.batch_input import Routing
 from uma_kernels.linear import PackedLinear, linear
-from uma_kernels.lora import LoraRouting, PackedLora, lora
+from uma_kernels.lora import DeviceRouting, LoraPool, PackedLora, lora, lora_merged
 
-__all__ = ["AdapterSites", "Linear"]
+__all__ = ["AdapterPools", "AdapterSites", "Adapters", "Linear", "MergedLinear", "Site", "SiteGroup"]
 
 
 class AdapterSites(Protocol):
     """Where a layer finds the resident adapters of its site, indexed by slot; None where a slot leaves it alone."""
 
+    @property
+    def version(self) -> int:
+        """Another number whenever a slot has got or lost its adapter."""
+        ...
+
     def sites_of(self, site: str) -> Sequence[PackedLora | None]: ...
 
 
+class AdapterPools(Protocol):
+    """The same on a device: the adapters of a whole matrix product, by its first site."""
+
+    def pool_of(self, site: str) -> LoraPool: ...
+
+
+Adapters = AdapterSites | AdapterPools  # pools go with a DeviceRouting, sites with a LoraRouting
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One projection as adapters know it: its name, as in `layers.3.self_attn.q_proj`, and how many columns it gives."""
+
+    name: str
+    width: int
+
+
+SiteGroup = tuple[int, tuple[Site, ...]]  # K, and the sites whose outputs lie side by side
+
+
 class Linear:
-    """y = x W^T + bias, plus each row's adapter. `site` names the layer, as in `layers.3.self_attn.q_proj`.
+    """y = x W^T + bias, plus each row's adapter.
 
     `precision` is that of the product with the weight (`uma_kernels.linear`); adapters always compute in fp32.
     """
@@ -38,9 +65,61 @@ class Linear:
         self.bias = bias
         self.precision = precision
 
-    def __call__(self, x: torch.Tensor, routing: LoraRouting | None, adapters: AdapterSites | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
         """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked."""
         out = linear(x, self.weight, self.bias, precision=self.precision)
         if routing is not None and adapters is not None:
-            lora(x, out, adapters.sites_of(self.site), routing)
+            if isinstance(routing, DeviceRouting):
+                lora_merged(x, out, cast(AdapterPools, adapters).pool_of(self.site), routing)
+            else:
+                lora(x, out, cast(AdapterSites, adapters).sites_of(self.site), routing)
         return out
+
+
+class MergedLinear:
+    """Several projections of the same rows: their outputs side by side in one tensor [T, N], N the sum of their widths.
+
+    A weight serves one or more sites in turn, its rows theirs one after the other: sites whose weights share a format
+    cost one product. Each site keeps its own adapters.
+    """
+
+    __slots__ = ("biases", "precision", "sites", "weights", "width")
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        weights: Sequence[PackedLinear],
+        bias: torch.Tensor | None = None,
+        precision: str = "exact",
+    ) -> None:
+        self.sites = tuple(sites)
+        self.weights = tuple(weights)
+        self.width = sum(site.width for site in sites)
+        rows = [weight.shape[0] for weight in weights]
+        assert sum(rows) == self.width, f"weights of {rows} rows do not serve {self.width} columns"
+        self.biases = (None,) * len(rows) if bias is None else bias.split(rows)
+        self.precision = precision
+
+    def __call__(self, x: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
+        """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked."""
+        out = torch.empty(x.shape[0], self.width, dtype=x.dtype, device=x.device)
+        start = 0
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            end = start + weight.shape[0]
+            linear(x, weight, bias, out[:, start:end], self.precision)
+            start = end
+        if routing is not None and adapters is not None:
+            _update(x, out, self.sites, routing, adapters)
+        return out
+
+
+def _update(x: torch.Tensor, out: torch.Tensor, sites: Sequence[Site], routing: Routing, adapters: Adapters) -> None:
+    """Add each row's adapter to the columns of each site."""
+    if isinstance(routing, DeviceRouting):
+        lora_merged(x, out, cast(AdapterPools, adapters).pool_of(sites[0].name), routing)
+        return
+    start = 0
+    for site in sites:
+        end = start + site.width
+        lora(x, out[:, start:end], cast(AdapterSites, adapters).sites_of(site.name), routing)
+        start = end

@@ -12,9 +12,10 @@ from uma_engine.models.decoder import DecoderModel
 from uma_engine.models.gemma3 import Gemma3
 from uma_engine.models.llama import Llama
 from uma_engine.models.mistral import Mistral
+from uma_engine.models.packed_cache import PackedCache, Recorder
 from uma_engine.models.qwen2 import Qwen2
 from uma_engine.models.qwen3 import Qwen3
-from uma_engine.models.weights import Progress, WeightReader, WeightSource
+from uma_engine.models.weights import Placement, Progress, WeightReader, WeightSource
 
 __all__ = ["ARCHITECTURES", "load_model"]
 
@@ -29,12 +30,19 @@ ARCHITECTURES: dict[str, type[DecoderModel]] = {
 
 @torch.inference_mode()
 def load_model(
-    source: WeightSource, *, max_positions: int, precision: str = "exact", progress: Progress | None = None
+    source: WeightSource,
+    *,
+    max_positions: int,
+    precision: str = "exact",
+    progress: Progress | None = None,
+    placement: Placement | None = None,
+    packed: PackedCache | None = None,
 ) -> DecoderModel:
-    """Build the model that `source` describes, packing its tensors one at a time.
+    """Build the model that `source` describes, packing its tensors one at a time, or from what `packed` has kept of them.
 
-    `max_positions` bounds the positions it will be asked for; `precision`, exact or near, is the arithmetic of its linear
-    layers; `progress(done, total)` counts tensors.
+    `max_positions` bounds the positions it will be asked for; `precision` is the arithmetic of its linear layers;
+    `progress(done, total)` counts tensors; `placement` says where and as what the weights are kept, None: on the CPU.
+    `packed` is for the CPU's compiled kernels alone.
 
     Errors:  UnsupportedModel for an unknown architecture or a tensor the architecture does not use; CorruptFile for a
              missing tensor or a wrong shape
@@ -46,4 +54,11 @@ def load_model(
             f"the architecture `{config.architecture}` is not supported",
             hint=f"supported are {', '.join(ARCHITECTURES)}",
         )
-    return found(config, WeightReader(source, progress), max_positions, precision)
+    if packed is None:
+        return found(config, WeightReader(source, progress, placement), max_positions, precision)
+    if (kept := packed.open()) is not None:
+        return found(config, kept, max_positions, precision)
+    recorder = Recorder()
+    model = found(config, WeightReader(source, progress, placement, recorder), max_positions, precision)
+    packed.save(recorder)
+    return model

@@ -6,6 +6,7 @@ Knows names and shapes as they are asked for; does not know files, architectures
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from uma_engine.errors import CorruptFile, UnsupportedModel
 from uma_kernels.linear import PackedLinear, pack
 from uma_kernels.linear.formats import BlockQuantized
 
-__all__ = ["Progress", "WeightReader", "WeightSource"]
+__all__ = ["Placement", "Progress", "Reader", "WeightReader", "WeightSource"]
 
 Progress = Callable[[int, int], None]
 HINT = "fetch the whole model again, or check that the configuration belongs to these weights"
@@ -30,32 +31,93 @@ class WeightSource(Protocol):
     def tensor(self, name: str) -> torch.Tensor | BlockQuantized: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where weights go, as what, and how products with them are computed (`mode` of `uma_kernels.linear.pack`).
+
+    On the CPU weights stay as they are: quantised ones quantised, dense ones fp32. On a device, and with another dtype,
+    each becomes dense in `dtype`, rounded once from fp32.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    mode: str = "audit"
+
+    @property
+    def keeps_format(self) -> bool:
+        return self.device.type == "cpu" and self.dtype is torch.float32
+
+
+class Recorder(Protocol):
+    """Takes note of what a WeightReader hands out, by the name of the first tensor in it."""
+
+    def matrices(self, name: str, packed: list[PackedLinear]) -> None: ...
+    def vector(self, name: str, value: torch.Tensor) -> None: ...
+
+
+class Reader(Protocol):
+    """Where a model takes its weights from: a WeightReader, or the packed weights of an earlier start."""
+
+    num_bytes: int
+
+    @property
+    def placement(self) -> Placement: ...
+    def linear(self, name: str, shape: tuple[int, int]) -> PackedLinear: ...
+    def linears(self, matrices: Sequence[tuple[str, tuple[int, int]]]) -> list[PackedLinear]: ...
+    def vector(self, name: str, size: int) -> torch.Tensor: ...
+    def finish(self) -> None: ...
+
+
 class WeightReader:
     """Gives packed weights and plain vectors; holds a source's tensor no longer than it takes to pack it.
 
     `num_bytes` is what was handed out. `progress(done, total)` counts tensors.
     """
 
-    def __init__(self, source: WeightSource, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        source: WeightSource,
+        progress: Progress | None = None,
+        placement: Placement | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._source = source
+        self.placement = placement or Placement()
         self._left = set(source.names())
         self._total = len(self._left)
         self._progress = progress
+        self._recorder = recorder
         self.num_bytes = 0
 
     def linear(self, name: str, shape: tuple[int, int]) -> PackedLinear:
         """A matrix [N, K], packed for the back end in force."""
-        packed = pack(self._take(name, shape))
-        self.num_bytes += packed.nbytes
-        self._report()
+        return self.linears([(name, shape)])[0]
+
+    def linears(self, matrices: Sequence[tuple[str, tuple[int, int]]]) -> list[PackedLinear]:
+        """Matrices of one K, their rows one after the other: neighbours that share a format are packed as one."""
+        packed: list[PackedLinear] = []
+        run: list[torch.Tensor | BlockQuantized] = []
+        for name, shape in matrices:
+            value = self._placed(self._take(name, shape))
+            if run and _format_of(run[-1]) != _format_of(value):
+                packed.append(self._pack(_concatenate(run)))
+                run = []
+            run.append(value)
+            self._report()
+        packed.append(self._pack(_concatenate(run)))
+        self.num_bytes += sum(weight.nbytes for weight in packed)
+        if self._recorder is not None:
+            self._recorder.matrices(matrices[0][0], packed)
         return packed
 
     def vector(self, name: str, size: int) -> torch.Tensor:
-        """A norm's weight or a bias, dense fp32 [size]."""
+        """A norm's weight or a bias, dense [size]: fp32 on the CPU."""
         value = self._take(name, (size,))
         assert isinstance(value, torch.Tensor)  # blocks are matrices: the shape check has refused them
-        value = value.to(torch.float32).contiguous()
+        value = value.to(torch.float32).to(self.placement.device, self.placement.dtype).contiguous()
         self.num_bytes += value.nbytes
+        if self._recorder is not None:
+            self._recorder.vector(name, value)
         self._report()
         return value
 
@@ -67,6 +129,15 @@ class WeightReader:
                 " configuration does not use",
                 hint="leaving a weight out would change the model's answers: it is refused instead",
             )
+
+    def _placed(self, value: torch.Tensor | BlockQuantized) -> torch.Tensor | BlockQuantized:
+        if self.placement.keeps_format:
+            return value
+        dense = value if isinstance(value, torch.Tensor) else value.dequantize()
+        return dense.to(self.placement.device, self.placement.dtype)
+
+    def _pack(self, value: torch.Tensor | BlockQuantized) -> PackedLinear:
+        return pack(value, mode=self.placement.mode)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | BlockQuantized:
         if name not in self._left:
@@ -82,3 +153,15 @@ class WeightReader:
     def _report(self) -> None:
         if self._progress is not None:
             self._progress(self._total - len(self._left), self._total)
+
+
+def _format_of(weight: torch.Tensor | BlockQuantized) -> object:
+    return weight.dtype if isinstance(weight, torch.Tensor) else (weight.bits, weight.block_size, weight.mins is None)
+
+
+def _concatenate(run: list[torch.Tensor | BlockQuantized]) -> torch.Tensor | BlockQuantized:
+    """The rows of weights of one format, one after the other."""
+    if len(run) == 1:
+        return run[0]
+    dense = [weight for weight in run if isinstance(weight, torch.Tensor)]
+    return torch.cat(dense) if dense else BlockQuantized.cat([w for w in run if isinstance(w, BlockQuantized)])

@@ -14,11 +14,12 @@ from uma_engine.config import EngineConfig, ModelConfig
 from uma_engine.core import RequestKind, SamplingParams, ScheduledChunk, SchedulerOutput, StepResult
 from uma_engine.errors import ModelOverflow, UmaError
 from uma_engine.layers.batch_input import BatchInput, KVCacheTensors
+from uma_engine.layers.linear import Adapters, AdapterSites
 from uma_engine.runner.prepare import prepare
-from uma_kernels.lora import PackedLora
+from uma_kernels import dispatch
 from uma_kernels.sampling import SamplingBatch, sample
 
-__all__ = ["ModelRunner"]
+__all__ = ["Model", "ModelRunner", "not_finite", "penalised", "sample_tokens", "sampling_of"]
 
 
 class Model(Protocol):
@@ -26,13 +27,9 @@ class Model(Protocol):
 
     config: ModelConfig
 
-    def forward(self, batch: BatchInput, kv: KVCacheTensors, adapters: AdapterSites | None) -> torch.Tensor: ...
+    def forward(self, batch: BatchInput, kv: KVCacheTensors, adapters: Adapters | None) -> torch.Tensor: ...
     def logits(self, hidden: torch.Tensor) -> torch.Tensor: ...
     def label_logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor: ...
-
-
-class AdapterSites(Protocol):
-    def sites_of(self, site: str) -> Sequence[PackedLora | None]: ...
 
 
 class ModelRunner:
@@ -75,7 +72,7 @@ class ModelRunner:
             wanted = hidden if len(rows) == len(hidden) else hidden[rows]
             logits = self._model.label_logits(wanted, torch.tensor(labels, dtype=torch.int64))
             for row, values, finite in zip(rows, logits.tolist(), _finite_rows(logits), strict=True):
-                results[row] = values if finite else _not_finite(step.output_chunks[row])
+                results[row] = values if finite else not_finite(step.output_chunks[row])
         if generate_rows:
             wanted = hidden if len(generate_rows) == len(hidden) else hidden[generate_rows]
             logits = self._model.logits(wanted)
@@ -83,34 +80,51 @@ class ModelRunner:
             for place, finite in enumerate(finite_rows):
                 if not finite:
                     logits[place] = 0  # sampled like the others, then thrown away
-            tokens = self._sample(logits, [step.output_chunks[row] for row in generate_rows])
+            tokens = sample_tokens(logits, [step.output_chunks[row] for row in generate_rows]).tolist()
             for row, token, finite in zip(generate_rows, tokens, finite_rows, strict=True):
-                results[row] = token if finite else _not_finite(step.output_chunks[row])
+                results[row] = token if finite else not_finite(step.output_chunks[row])
         return StepResult(results)
 
-    def _sample(self, logits: torch.Tensor, chunks: list[ScheduledChunk]) -> list[int]:
-        params: list[SamplingParams] = [_sampling_of(chunk) for chunk in chunks]
-        f32, i32, i64 = torch.float32, torch.int32, torch.int64
-        batch = SamplingBatch(
-            temperature=torch.tensor([p.temperature for p in params], dtype=f32),
-            top_k=torch.tensor([p.top_k for p in params], dtype=i32),
-            top_p=torch.tensor([p.top_p for p in params], dtype=f32),
-            min_p=torch.tensor([p.min_p for p in params], dtype=f32),
-            repetition_penalty=torch.tensor([p.repetition_penalty for p in params], dtype=f32),
-            presence_penalty=torch.tensor([p.presence_penalty for p in params], dtype=f32),
-            frequency_penalty=torch.tensor([p.frequency_penalty for p in params], dtype=f32),
-            seeds=torch.tensor([p.seed or 0 for p in params], dtype=i64),
-            steps=torch.tensor([len(chunk.request.output_token_ids) for chunk in chunks], dtype=i64),
-        )
-        counts = [_token_counts(chunk) if _penalised(p) else None for p, chunk in zip(params, chunks, strict=True)]
-        return sample(logits, batch, counts, None).tolist()
+
+def sample_tokens(logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
+    """One token for each row of logits [B, V] fp32, by the chunks' sampling parameters: [B] int64.
+
+    Rows of a device are drawn on the host where the op has no kernel for the device.
+    """
+    backends = dispatch.OPS["sampling"]
+    if "triton" not in backends:
+        logits = logits.cpu()
+    device = logits.device
+    params: list[SamplingParams] = [sampling_of(chunk) for chunk in chunks]
+
+    def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    f32, i32, i64 = torch.float32, torch.int32, torch.int64
+    batch = SamplingBatch(
+        temperature=column([p.temperature for p in params], f32),
+        top_k=column([p.top_k for p in params], i32),
+        top_p=column([p.top_p for p in params], f32),
+        min_p=column([p.min_p for p in params], f32),
+        repetition_penalty=column([p.repetition_penalty for p in params], f32),
+        presence_penalty=column([p.presence_penalty for p in params], f32),
+        frequency_penalty=column([p.frequency_penalty for p in params], f32),
+        seeds=column([p.seed or 0 for p in params], i64),
+        steps=column([len(chunk.request.output_token_ids) for chunk in chunks], i64),
+    )
+    counts = [_token_counts(chunk) if penalised(p) else None for p, chunk in zip(params, chunks, strict=True)]
+    on_device = [None if c is None else (c[0].to(device), c[1].to(device)) for c in counts]
+    forced = dispatch.forced_backend()
+    with dispatch.use_backend(forced if forced in backends else None):
+        return sample(logits, batch, on_device, None)
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:
     return torch.isfinite(logits).all(-1).tolist()
 
 
-def _not_finite(chunk: ScheduledChunk) -> UmaError:
+def not_finite(chunk: ScheduledChunk) -> UmaError:
+    """What ends a request whose logits overflowed."""
     return ModelOverflow(
         f"a logit of request `{chunk.request.request_id}` is not finite",
         hint="the adapter's weights overflow in fp32"
@@ -119,13 +133,15 @@ def _not_finite(chunk: ScheduledChunk) -> UmaError:
     )
 
 
-def _sampling_of(chunk: ScheduledChunk) -> SamplingParams:
+def sampling_of(chunk: ScheduledChunk) -> SamplingParams:
+    """The parameters of a GENERATE chunk."""
     params = chunk.request.sampling
     assert params is not None  # a GENERATE request always has them: Request checks it
     return params
 
 
-def _penalised(p: SamplingParams) -> bool:
+def penalised(p: SamplingParams) -> bool:
+    """Whether tokens seen before count."""
     return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
 
 

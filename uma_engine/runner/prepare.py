@@ -20,7 +20,41 @@ from uma_engine.layers.batch_input import BatchInput, DecodeBatch
 from uma_kernels.attention import AttentionBatch
 from uma_kernels.lora import LoraRouting
 
-__all__ = ["PreparedStep", "prepare"]
+__all__ = ["PreparedStep", "StepArrays", "attention_batch", "lay_out", "leading_decodes", "prepare"]
+
+
+@dataclass(slots=True)
+class StepArrays:
+    """One step as arrays of the host; the names are those of `BatchInput`.
+
+    Shapes:  input_ids, positions [T] int64 . slot_mapping, lora_slots [T] int32 . output_rows [R] int64 . block_table
+             [B, M], context_lens [B] int32 for the first B rows . contexts: slots of each chunk after those, and
+             last_contexts of each output row
+    """
+
+    input_ids: np.ndarray
+    positions: np.ndarray
+    slot_mapping: np.ndarray
+    lora_slots: np.ndarray
+    output_rows: np.ndarray
+    block_table: np.ndarray
+    context_lens: np.ndarray
+    query_lens: list[int]
+    contexts: list[np.ndarray]
+    last_contexts: list[np.ndarray]
+    output_chunks: list[ScheduledChunk]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_decodes(self) -> int:
+        return len(self.context_lens)
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool((self.lora_slots >= 0).any())
 
 
 @dataclass(slots=True)
@@ -32,12 +66,37 @@ class PreparedStep:
 
 
 def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> PreparedStep:
-    """Build the flat batch of one step.
+    """Build the flat batch of one step on the CPU.
 
     Decode rows come first (the scheduler puts them there); every other chunk attends through its path of slots.
     """
+    a = lay_out(output, block_size)
+    lora_slots = torch.from_numpy(a.lora_slots)
+    output_rows = torch.from_numpy(a.output_rows)
+    decode, routing, output_routing = None, None, None
+    if a.num_decodes:
+        decode = DecodeBatch(torch.from_numpy(a.block_table), torch.from_numpy(a.context_lens), block_size)
+    if a.has_adapters:
+        routing = LoraRouting.build(lora_slots, max_loras)
+        output_routing = LoraRouting.build(lora_slots[output_rows], max_loras)
+    batch = BatchInput(
+        input_ids=torch.from_numpy(a.input_ids),
+        positions=torch.from_numpy(a.positions),
+        attention=attention_batch(a.query_lens, a.contexts),
+        slot_mapping=torch.from_numpy(a.slot_mapping),
+        decode=decode,
+        lora_routing=routing,
+        output_rows=output_rows,
+        last_attention=attention_batch([1] * len(a.last_contexts), a.last_contexts),
+        output_lora_routing=output_routing,
+    )
+    return PreparedStep(batch, a.output_chunks)
+
+
+def lay_out(output: SchedulerOutput, block_size: int) -> StepArrays:
+    """The arrays of one step, rows in the order of its chunks."""
     chunks = output.chunks
-    num_decodes = _leading_decodes(chunks)
+    num_decodes = leading_decodes(chunks)
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
     input_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int64)
@@ -48,6 +107,7 @@ def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> Prep
     last_contexts: list[np.ndarray] = []  # of the output rows, for the last layer
     output_rows: list[int] = []
     output_chunks: list[ScheduledChunk] = []
+    prune = num_decodes < len(chunks)  # a step of decodes alone has no rows that a layer could leave out
     row = 0
     for index, chunk in enumerate(chunks):
         segment, n = chunk.segment, chunk.num_tokens
@@ -57,6 +117,13 @@ def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> Prep
         positions[rows] = np.arange(first_position, first_position + n)
         if chunk.request.adapter is not None:
             lora_slots[rows] = chunk.request.adapter.slot
+        if index < num_decodes and not prune:
+            position = chunk.start
+            slot_mapping[row] = segment.block_ids[position // block_size] * block_size + position % block_size
+            output_rows.append(row)
+            output_chunks.append(chunk)
+            row += 1
+            continue
         ancestors = paths.ancestors(chunk.request, chunk.segment_index)
         if segment.transient:
             own = -1 - np.arange(row, row + n, dtype=np.int32)
@@ -73,32 +140,27 @@ def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> Prep
             last_contexts.append(context)
         row += n
 
-    decode = None
-    if num_decodes:
-        tables = [chunk.segment.block_ids for chunk in chunks[:num_decodes]]
-        width = max(len(t) for t in tables)
-        block_table = np.zeros((num_decodes, width), np.int32)
-        for i, table in enumerate(tables):
-            block_table[i, : len(table)] = table
-        lens = np.array([chunk.start + 1 for chunk in chunks[:num_decodes]], np.int32)
-        decode = DecodeBatch(torch.from_numpy(block_table), torch.from_numpy(lens), block_size)
-    query_lens = [chunk.num_tokens for chunk in chunks[num_decodes:]]
-    routing = LoraRouting.build(torch.from_numpy(lora_slots), max_loras) if (lora_slots >= 0).any() else None
-    batch = BatchInput(
-        input_ids=torch.from_numpy(input_ids),
-        positions=torch.from_numpy(positions),
-        attention=_attention_batch(query_lens, contexts),
-        slot_mapping=torch.from_numpy(slot_mapping),
-        decode=decode,
-        lora_routing=routing,
-        output_rows=torch.tensor(output_rows, dtype=torch.int64),
-        last_attention=_attention_batch([1] * len(last_contexts), last_contexts),
-        output_lora_routing=_output_routing(lora_slots, output_rows, max_loras) if routing is not None else None,
+    tables = [chunk.segment.block_ids for chunk in chunks[:num_decodes]]
+    block_table = np.zeros((num_decodes, max(map(len, tables), default=0)), np.int32)
+    for i, table in enumerate(tables):
+        block_table[i, : len(table)] = table
+    return StepArrays(
+        input_ids=input_ids,
+        positions=positions,
+        slot_mapping=slot_mapping,
+        lora_slots=lora_slots,
+        output_rows=np.array(output_rows, np.int64),
+        block_table=block_table,
+        context_lens=np.array([chunk.start + 1 for chunk in chunks[:num_decodes]], np.int32),
+        query_lens=[chunk.num_tokens for chunk in chunks[num_decodes:]],
+        contexts=contexts,
+        last_contexts=last_contexts,
+        output_chunks=output_chunks,
     )
-    return PreparedStep(batch, output_chunks)
 
 
-def _leading_decodes(chunks: Sequence[ScheduledChunk]) -> int:
+def leading_decodes(chunks: Sequence[ScheduledChunk]) -> int:
+    """How many chunks, from the first on, are single tokens that end a generated sequence."""
     count = 0
     for chunk in chunks:
         if chunk.request.kind is not RequestKind.GENERATE or chunk.num_tokens != 1 or not chunk.wants_output:
@@ -107,11 +169,8 @@ def _leading_decodes(chunks: Sequence[ScheduledChunk]) -> int:
     return count
 
 
-def _output_routing(lora_slots: np.ndarray, output_rows: list[int], max_loras: int) -> LoraRouting:
-    return LoraRouting.build(torch.from_numpy(lora_slots[output_rows]), max_loras)
-
-
-def _attention_batch(query_lens: list[int], contexts: list[np.ndarray]) -> AttentionBatch:
+def attention_batch(query_lens: list[int], contexts: list[np.ndarray]) -> AttentionBatch:
+    """Chunks of `query_lens` rows, each with its context's slots; on the host."""
     slots = np.concatenate(contexts) if contexts else np.empty(0, np.int32)
     return AttentionBatch(
         cu_seqlens_q=torch.from_numpy(_offsets(query_lens)),
@@ -121,9 +180,10 @@ def _attention_batch(query_lens: list[int], contexts: list[np.ndarray]) -> Atten
 
 
 def _offsets(lengths: list[int]) -> np.ndarray:
-    offsets = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
+    """Where each part begins, and the end of the last."""
+    starts = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    return starts
 
 
 class _Paths:

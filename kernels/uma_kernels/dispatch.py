@@ -4,13 +4,14 @@ Knows the back ends that exist on this machine; does not know what any op comput
 
 A choice is made by device: CUDA tensors take `triton`, CPU tensors take `cpp` where the extension is compiled, else
 `reference`. `UMA_BACKEND=reference|cpp|triton` or `use_backend(...)` forces one. `UMA_ISA=portable|avx2|avx512` picks the
-instruction set of `cpp`.
+instruction set of `cpp`. `triton` takes CPU tensors only under Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,18 +20,18 @@ from types import ModuleType
 from typing import Any
 
 BACKENDS = ("reference", "cpp", "triton")
-# Ops and the back ends each has, in the order of preference. An op's folder registers nothing: this table is the registry.
+# Ops and the back ends each has, the CPU's preferred one first. An op's folder registers nothing: this table is the registry.
 OPS: dict[str, tuple[str, ...]] = {
-    "linear": ("cpp", "reference"),
-    "lora": ("cpp", "reference"),
-    "attention.tree": ("cpp", "reference"),
-    "attention.paged_decode": ("cpp", "reference"),
-    "norm": ("cpp", "reference"),
-    "rope": ("cpp", "reference"),
-    "activation": ("cpp", "reference"),
-    "kv_cache": ("cpp", "reference"),
-    "label_head": ("cpp", "reference"),
-    "sampling": ("cpp", "reference"),
+    "linear": ("cpp", "reference", "triton"),
+    "lora": ("cpp", "reference", "triton"),
+    "attention.tree": ("cpp", "reference", "triton"),
+    "attention.paged_decode": ("cpp", "reference", "triton"),
+    "norm": ("cpp", "reference", "triton"),
+    "rope": ("cpp", "reference", "triton"),
+    "activation": ("cpp", "reference", "triton"),
+    "kv_cache": ("cpp", "reference", "triton"),
+    "label_head": ("cpp", "reference", "triton"),
+    "sampling": ("cpp", "reference", "triton"),
 }
 
 _FROM_ENVIRONMENT = os.environ.get("UMA_BACKEND") or None  # read once: `choose` runs for each op call
@@ -69,6 +70,21 @@ def extension() -> Any:
     return C
 
 
+@functools.cache
+def triton_error() -> str | None:
+    """Why Triton cannot be imported, None where it can."""
+    try:
+        import_module("triton")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def interpreted() -> bool:
+    """Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def forced_backend() -> str | None:
     name = _forced.get() or _FROM_ENVIRONMENT
     if name is not None and name not in BACKENDS:
@@ -96,7 +112,16 @@ def explain(op: str, device: str = "cpu") -> Choice:
             raise BackendUnavailable(f"`{op}` has no `{forced}` back end; it has {', '.join(available)}")
         if forced == "cpp":
             extension()
+        if forced == "triton":
+            if triton_error() is not None:
+                raise BackendUnavailable(f"Triton is not available: {triton_error()}")
+            if device == "cpu" and not interpreted():
+                raise BackendUnavailable("`triton` takes CPU tensors only with `TRITON_INTERPRET=1`")
         return Choice(op, forced, "forced")
+    if device == "cuda" and "triton" in available:
+        if triton_error() is None:
+            return Choice(op, "triton", "CUDA tensors")
+        return Choice(op, "reference", f"Triton not available ({triton_error()})")
     if device != "cpu":
         return Choice(op, "reference", f"no kernel for device `{device}`")
     if "cpp" in available and C is not None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from uma_kernels import dispatch
+from tests.conftest import BACKENDS
+from uma_kernels import check, dispatch
 from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention
 from uma_kernels.attention.cases import (
+    HALF_CASES,
     PAGED_CASES,
     TREE_CASES,
     PagedCase,
@@ -27,15 +28,12 @@ from uma_kernels.testing import assert_invariant, assert_reduction, with_sentine
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@pytest.fixture(params=dispatch.C.available_isas() if dispatch.C else [])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once per instruction set of the compiled back end, the one that promises bitwise sameness."""
-    extension = dispatch.extension()
-    before = extension.isa()
-    assert extension.set_isa(request.param)
-    with dispatch.use_backend("cpp"):
-        yield request.param
-    extension.set_isa(before)
+# The back ends that promise bitwise sameness.
+each_invariant_backend = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"], indirect=True)
+
+
+def in_interpreter(backend: str) -> bool:
+    return backend == "triton" and dispatch.interpreted()
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
@@ -113,26 +111,48 @@ def _cut(case: TreeCase, cached: int, *lengths: int) -> TreeCase:
     return replace(case, segments=segments)
 
 
+@each_invariant_backend
 @pytest.mark.parametrize("window", [None, 5, 100])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(3, 1, 64), (5, 5, 24), (8, 1, 16)])
 def test_a_row_has_the_same_bits_however_its_path_is_cut_or_cached(
-    isa: str, heads: int, kv_heads: int, head_dim: int, window: int | None
+    backend: str, heads: int, kv_heads: int, head_dim: int, window: int | None
 ) -> None:
+    if in_interpreter(backend) and head_dim > 16:
+        pytest.skip("many wide heads take minutes in the interpreter")
     whole = TreeCase("chain", heads, kv_heads, head_dim, (Segment(None, 203),), window)
     tokens = tree_tokens(whole)
     expected = per_token(whole, tokens)
-    for cached, lengths in (
-        (0, (1, 63, 64, 75)), (0, (65, 138)), (1, (200, 3)), (1, (1, 202)), (2, (64, 64, 75)), (1, (202, 1)),
-        (2, (5, 123, 2, 73)),
-    ):  # fmt: skip
+    cuts = (
+        (0, (1, 63, 64, 75)), (2, (5, 123, 2, 73)), (0, (65, 138)), (1, (200, 3)), (1, (1, 202)), (2, (64, 64, 75)),
+        (1, (202, 1)),
+    )  # fmt: skip
+    for cached, lengths in cuts[:2] if in_interpreter(backend) else cuts:
         case = _cut(whole, cached, *lengths)
         start = sum(lengths[:cached])
         assert_invariant(per_token(case, tokens)[start:], expected[start:])
 
 
-def test_a_candidate_has_the_same_bits_alone_in_any_batch_and_with_any_number_of_threads(isa: str) -> None:
-    lengths = (70, 33, 1, 64, 90, 17)
-    tree = TreeCase("tree", 9, 3, 64, (Segment(None, lengths[0]), *(Segment(0, n) for n in lengths[1:])))
+@each_invariant_backend
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("lengths", [(70, 33, 1, 64, 90, 17), (130, 3, 1, 4, 1, 1, 20, 2), (65, 1, 0, 2)])
+def test_a_candidate_has_the_same_bits_alone_and_in_any_batch(
+    backend: str, lengths: tuple[int, ...], window: int | None
+) -> None:
+    if in_interpreter(backend) and sum(lengths) > 200:
+        pytest.skip("long candidates take minutes in the interpreter")
+    tree = TreeCase("tree", 9, 3, 64, (Segment(None, lengths[0]), *(Segment(0, n) for n in lengths[1:])), window)
+    tokens = tree_tokens(tree)
+    expected = per_token(tree, tokens)
+    for n, own in enumerate(tree.tokens[1:], start=1):
+        alone = replace(tree, segments=(Segment(None, lengths[0], cached=True), Segment(0, lengths[n])))
+        picked = tree.path(n)
+        q, k, v = tokens
+        assert_invariant(per_token(alone, (q[picked], k[picked], v[picked]))[lengths[0] :], expected[own])
+
+
+@pytest.mark.skipif(dispatch.C is None, reason="the compiled extension is not built")
+def test_a_row_has_the_same_bits_with_any_number_of_threads() -> None:
+    tree = TreeCase("tree", 9, 3, 64, (Segment(None, 70), *(Segment(0, n) for n in (33, 1, 64, 90, 17))))
     tokens = tree_tokens(tree)
     expected = per_token(tree, tokens)
     extension = dispatch.extension()
@@ -143,14 +163,10 @@ def test_a_candidate_has_the_same_bits_alone_in_any_batch_and_with_any_number_of
             assert_invariant(per_token(tree, tokens), expected)
     finally:
         extension.set_num_threads(before)
-    for n, own in enumerate(tree.tokens[1:], start=1):
-        alone = replace(tree, segments=(Segment(None, lengths[0], cached=True), Segment(0, lengths[n])))
-        picked = tree.path(n)
-        q, k, v = tokens
-        assert_invariant(per_token(alone, (q[picked], k[picked], v[picked]))[lengths[0] :], expected[own])
 
 
-def test_changing_one_candidate_changes_no_other(isa: str) -> None:
+@each_invariant_backend
+def test_changing_one_candidate_changes_no_other(backend: str) -> None:
     tree = TreeCase("tree", 3, 1, 64, (Segment(None, 70), Segment(0, 33), Segment(0, 40)))
     q, k, v = tree_tokens(tree)
     before = per_token(tree, (q, k, v))
@@ -183,7 +199,7 @@ def paged_inputs(case: PagedCase) -> tuple[TreeCase, list[Tokens], torch.Tensor,
 
 
 @pytest.mark.parametrize("case", PAGED_CASES, ids=lambda c: c.id)
-def test_paged_decode_matches_fp64_and_is_bitwise_tree_attention(case: PagedCase, backend: str) -> None:
+def test_paged_decode_matches_fp64_and_on_the_cpu_is_bitwise_tree_attention(case: PagedCase, backend: str) -> None:
     tree, sequences, k_cache, v_cache, table = paged_inputs(case)
     lengths = torch.tensor(case.context_lens, dtype=torch.int32)
     empty = torch.zeros(0, case.heads, case.head_dim)
@@ -196,7 +212,7 @@ def test_paged_decode_matches_fp64_and_is_bitwise_tree_attention(case: PagedCase
     with with_sentinels(q.shape) as out:
         paged_decode(q, k_cache, v_cache, table, lengths, case.block_size, scale, case.window, out)
         assert_reduction(out, torch_result, true)
-    if backend != "reference":
+    if backend.startswith("cpp"):
         for b, tokens in enumerate(sequences):
             length = case.context_lens[b]
             assert_invariant(out[b], per_token(_cut(tree, 0, length), tokens)[-1])
@@ -211,17 +227,11 @@ def test_slots_blocks_and_lengths_out_of_range_are_refused(backend: str) -> None
         batch = AttentionBatch(offsets, torch.tensor(slots, dtype=torch.int32), offsets)
         with pytest.raises(IndexError):
             tree_attention(q, kv, kv, cache, cache, batch, 1.0)
-    for table, length in (([0, 2], 3), ([0, -1], 3), ([0, 1], 5), ([0, 1], 0)):
-        with pytest.raises(IndexError):
-            paged_decode(
-                q[:1],
-                cache,
-                cache,
-                torch.tensor([table], dtype=torch.int32),
-                torch.tensor([length], dtype=torch.int32),
-                2,
-                1.0,
-            )
+    for blocks, length in (([0, 2], 3), ([0, -1], 3), ([0, 1], 5), ([0, 1], 0)):
+        table, lens = torch.tensor([blocks], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+        if check.readable(table):
+            with pytest.raises(IndexError):
+                paged_decode(q[:1], cache, cache, table, lens, 2, 1.0)
 
 
 def test_wrong_shapes_are_refused() -> None:
@@ -256,3 +266,92 @@ def test_a_batch_that_does_not_fit_together_is_refused(starts_q: list[int], slot
             torch.zeros(slots, dtype=torch.int32),
             torch.tensor(starts_k, dtype=torch.int32),
         )
+
+
+# What only the Triton back end promises, or only a GPU can show.
+needs_triton = pytest.mark.parametrize("backend", ["triton"] if dispatch.triton_error() is None else [], indirect=True)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("case", HALF_CASES, ids=lambda c: c.id)
+def test_sixteen_bit_tree_attention_matches_fp64(case: TreeCase, dtype: torch.dtype, backend: str) -> None:
+    tokens = tuple(x.to(dtype) for x in tree_tokens(case))
+    true = tree_sdpa(case, *(x.double() for x in tokens))
+    torch_result = tree_sdpa(case, *(x.float() for x in tokens)).to(dtype)
+    inputs = tree_inputs(case, *tokens)
+    with with_sentinels(inputs.q.shape, dtype) as out:
+        run(case, inputs, out)
+        assert_reduction(out, torch_result[inputs.rows], true[inputs.rows], dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_sixteen_bit_paged_decode_matches_fp64(dtype: torch.dtype, backend: str) -> None:
+    case = PagedCase("half", 8, 2, 64, 16, (1, 17, 300))
+    _, sequences, k_cache, v_cache, table = paged_inputs(case)
+    sequences = [tuple(x.to(dtype) for x in tokens) for tokens in sequences]
+    q = torch.cat([q[-1:] for q, _, _ in sequences])
+    true = torch.cat([sdpa(q[-1:].double(), k.double(), v.double(), None) for q, k, v in sequences])
+    lengths = torch.tensor(case.context_lens, dtype=torch.int32)
+    with with_sentinels(q.shape, dtype) as out:
+        paged_decode(q, k_cache.to(dtype), v_cache.to(dtype), table, lengths, case.block_size, 0.125, None, out)
+        assert_reduction(out, true.to(dtype), true, dtype)
+
+
+@each_invariant_backend
+@pytest.mark.parametrize("window", [None, 270])
+def test_a_sequence_decodes_to_the_same_bits_alone_and_in_any_batch(backend: str, window: int | None) -> None:
+    case = PagedCase("batch", 3, 1, 16, 16, (300, 1, 64, 257, 513), window)
+    _, sequences, k_cache, v_cache, table = paged_inputs(case)
+    q = torch.cat([q[-1:] for q, _, _ in sequences])
+    lengths = torch.tensor(case.context_lens, dtype=torch.int32)
+    together = paged_decode(q, k_cache, v_cache, table, lengths, 16, 0.25, window)
+    for b, length in enumerate(case.context_lens):
+        narrow = table[b : b + 1, : -(-length // 16)].contiguous()
+        alone = paged_decode(q[b : b + 1], k_cache, v_cache, narrow, lengths[b : b + 1], 16, 0.25, window)
+        assert_invariant(alone[0], together[b])
+
+
+@needs_triton
+def test_a_block_that_nobody_checked_gives_nan_and_no_context_gives_zeros(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from uma_kernels.attention import triton_kernel
+
+    monkeypatch.setattr(triton_kernel, "readable", lambda tensor: False)
+    q, cache = torch.randn(5, 2, 8), torch.randn(4, 1, 8)
+    table = torch.tensor([[0, 2], [0, -1], [0, 1], [0, 1], [1, 0]], dtype=torch.int32)
+    lengths = torch.tensor([3, 3, 1000, 0, 4], dtype=torch.int32)
+    out = paged_decode(q, cache, cache, table, lengths, 2, 1.0)
+    assert out[:3].isnan().all()
+    assert_invariant(out[3], torch.zeros(2, 8))
+    assert torch.isfinite(out[4]).all()
+
+
+@needs_triton
+def test_a_scale_that_is_not_positive_is_refused(backend: str) -> None:
+    case = TreeCase("scale", 1, 1, 8, (Segment(None, 2),))
+    inputs = tree_inputs(case, *tree_tokens(case))
+    with pytest.raises(ValueError, match="scale"):
+        tree_attention(inputs.q, inputs.k, inputs.v, inputs.k_cache, inputs.v_cache, inputs.batch, 0.0)
+
+
+@needs_triton
+def test_a_captured_decode_follows_new_lengths_and_blocks(backend: str) -> None:
+    if dispatch.interpreted():
+        pytest.skip("graphs need a GPU")
+    case = PagedCase("graph", 8, 2, 64, 16, (300, 17, 600))
+    _, sequences, k_cache, v_cache, table = paged_inputs(case)
+    q = torch.cat([q[-1:] for q, _, _ in sequences])
+    lengths = torch.tensor(case.context_lens, dtype=torch.int32)
+    expected = paged_decode(q, k_cache, v_cache, table, lengths, 16, 0.125)
+    static = [torch.zeros_like(x) for x in (q, table, lengths)]
+    out = torch.zeros_like(q)
+    static[2].fill_(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        paged_decode(static[0], k_cache, v_cache, static[1], static[2], 16, 0.125, None, out)
+    for to, x in zip(static, (q, table, lengths), strict=True):
+        to.copy_(x)
+    graph.replay()
+    assert_invariant(out, expected)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -12,8 +14,10 @@ from uma_kernels.lora import LoraRouting, PackedLora, lora, pack_lora
 from uma_kernels.lora.cases import CASES, LoraCase
 from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction, with_sentinels
 
-# Bitwise promises hold for the compiled back end alone: torch's own products depend on the batch.
-cpp_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"], indirect=True)
+# Bitwise promises hold for compiled kernels alone: torch's own products depend on the batch.
+compiled_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"], indirect=True)
+
+threads_matter = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpp")], indirect=True)
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -58,9 +62,10 @@ def test_lora_matches_fp64_row_by_row(case: LoraCase, backend: str) -> None:
     assert_exact(out[untouched], base[untouched])
 
 
-@cpp_only
+@compiled_only
 def test_a_row_has_the_same_bits_in_every_batch(backend: str) -> None:
-    case = LoraCase(60, 96, 70, (1, 3, 0, 8, 16, 64, 256, 33), 5)
+    slow = backend == "triton" and dispatch.interpreted()
+    case = LoraCase(9, 96, 70, (3, 0, 33), 5) if slow else LoraCase(60, 96, 70, (1, 3, 0, 8, 16, 64, 256, 33), 5)
     packed, mapping = pack_all(random_factors(case)), case.token_lora_mapping
     x, base = torch.randn(case.tokens, case.width), torch.randn(case.tokens, case.rows)
 
@@ -71,12 +76,12 @@ def test_a_row_has_the_same_bits_in_every_batch(backend: str) -> None:
 
     together = run(list(range(case.tokens)))
     assert_invariant(torch.cat([run([t]) for t in range(case.tokens)]), together)
-    for _ in range(5):
-        some = torch.randperm(case.tokens)[: int(torch.randint(1, case.tokens, ()))].tolist()
+    for _ in range(2 if slow else 5):
+        some = random.sample(range(case.tokens), random.randrange(1, case.tokens))
         assert_invariant(run(some), together[some])
 
 
-@cpp_only
+@threads_matter
 @pytest.mark.parametrize("tokens", [1, 7, 100])
 def test_the_number_of_threads_changes_no_bit(tokens: int, backend: str) -> None:
     case = LoraCase(tokens, 96, 160, (64, 5, 256))
@@ -115,7 +120,7 @@ def test_a_batch_without_adapters_is_left_alone(backend: str) -> None:
         assert_exact(out, before)
 
 
-@cpp_only
+@compiled_only
 def test_a_packed_adapter_has_its_own_rank(backend: str) -> None:
     small, large = (pack_lora(torch.zeros(r, 64), torch.zeros(32, r), 1.0) for r in (16, 256))
     assert (small.rank, large.rank) == (16, 256)

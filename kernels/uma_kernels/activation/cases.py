@@ -19,4 +19,7 @@ class ActivationCase:
         return 3 * 4 * self.tokens * self.width
 
 
-CASES = [ActivationCase(*s) for s in ((0, 8), (1, 1), (1, 7), (3, 17), (5, 33), (2, 8193), (16, 1536), (512, 1536))]
+CASES = [
+    ActivationCase(*s)
+    for s in ((0, 8), (1, 1), (1, 7), (3, 17), (5, 33), (2, 8193), (0, 0), (3, 0), (16, 1536), (512, 1536))
+]

@@ -7,9 +7,9 @@ import torch
 from uma_kernels.dispatch import extension
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
-    extension().swiglu(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    extension().swiglu(gate_up.data_ptr(), out.data_ptr(), *out.shape)
 
 
-def geglu_tanh(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
-    extension().geglu_tanh(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+def geglu_tanh(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    extension().geglu_tanh(gate_up.data_ptr(), out.data_ptr(), *out.shape)

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(F.silu(gate) * up)
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out.copy_(F.silu(gate.float()) * up.float())
 
 
-def geglu_tanh(gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(F.gelu(gate, approximate="tanh") * up)
+def geglu_tanh(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    gate, up = gate_up.chunk(2, dim=-1)
+    out.copy_(F.gelu(gate.float(), approximate="tanh") * up.float())

@@ -101,7 +101,7 @@ def tree_inputs(case: TreeCase, q: torch.Tensor, k: torch.Tensor, v: torch.Tenso
     rows = [t for n in asked for t in case.tokens[n]]
     order = torch.randperm(len(cached) + spare_slots)[: len(cached)]
     slot = dict(zip(cached, order.tolist(), strict=True)) | {t: -row - 1 for row, t in enumerate(rows)}
-    k_cache, v_cache = torch.full((2, len(cached) + spare_slots, *k.shape[1:]), float("nan"))
+    k_cache, v_cache = torch.full((2, len(cached) + spare_slots, *k.shape[1:]), float("nan"), dtype=k.dtype)
     k_cache[order], v_cache[order] = k[cached], v[cached]
     paths = [case.path(n) for n in asked]
     batch = AttentionBatch(
@@ -143,6 +143,21 @@ TREE_CASES = [
     *(TreeCase("dims", 3, 1, d, _leaves(60, 3, 7)) for d in (8, 24, 64, 80, 96, 128, 256)),
     *(TreeCase("window", 3, 1, 16, _REQUEST, w) for w in (1, 5, 64, 100)),
     *(TreeCase("request", h, hkv, d, _REQUEST) for h, hkv, d in ((9, 3, 64), (2, 2, 80), (16, 1, 8))),
+]
+# Short leaves below a prefix of more than a tile, of one request or of two in turns: GPU programs may hold several of them.
+_TWINS = (
+    Segment(None, 130, True), Segment(None, 70, True), Segment(0, 2), Segment(0, 1), Segment(1, 1), Segment(1, 3),
+    Segment(0, 1), Segment(3, 1), Segment(3, 2),
+)  # fmt: skip
+TREE_CASES += [
+    *(TreeCase("short_leaves", 4, 2, 16, _leaves(200, 9, 3), w) for w in (None, 3, 100)),
+    TreeCase("short_leaves_of_this_step", 4, 2, 16, _leaves(150, 5, 1, cached=False)),
+    *(TreeCase("twins", 4, 2, 16, _TWINS, w) for w in (None, 70)),
+]
+HALF_CASES = [
+    TreeCase("half", 4, 2, 64, _chain(130, 70, cached=1)),
+    TreeCase("half_wide", 2, 2, 128, _leaves(70, 2, 9)),
+    TreeCase("half_short", 6, 2, 80, _leaves(130, 5, 2), 100),
 ]
 PREFILL = TreeCase("prefill450", 9, 3, 64, _chain(450))
 LEAVES = TreeCase("leaves64x160_prefix300", 9, 3, 64, _leaves(300, 64, 160))

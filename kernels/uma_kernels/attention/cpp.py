@@ -27,7 +27,8 @@ def tree_attention(
     tokens = k.shape[0]  # rows that a negative slot may name
     slots, kv_heads, _ = k_cache.shape
     bad = extension().tree_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
+        q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
+        k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(),
         batch.cu_seqlens_q.data_ptr(), batch.cu_seqlens_k.data_ptr(), batch.context_slots.data_ptr(),
         batch.cu_seqlens_q.shape[0] - 1, tokens, slots, heads, kv_heads, head_dim, scale, window or 0,
     )  # fmt: skip
@@ -50,7 +51,7 @@ def paged_decode(
     slots, kv_heads, _ = k_cache.shape
     blocks = block_table.shape[1]
     bad = extension().paged_decode(
-        q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),
+        q.data_ptr(), q.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), out.data_ptr(), block_table.data_ptr(),
         context_lens.data_ptr(), sequences, blocks, block_size, slots, heads, kv_heads, head_dim, scale, window or 0,
     )  # fmt: skip
     if bad >= 0:

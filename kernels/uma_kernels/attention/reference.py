@@ -46,7 +46,7 @@ def paged_decode(
             raise IndexError(
                 f"`context_lens[{b}]` is {length} but {block_table.shape[1]} blocks of {block_size} are given"
             )
-        positions = torch.arange(length)
+        positions = torch.arange(length, device=q.device)
         slots = block_table[b, positions // block_size].long() * block_size + positions % block_size
         _check_slots("block_table", slots, 0, k_cache.shape[0])
         out[b] = _attend(q[b : b + 1], k_cache[slots], v_cache[slots], scale, window)[0]
@@ -82,4 +82,4 @@ def _attend(
     if window is not None:
         seen &= key_position > position - window
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
-    return torch.einsum("hgqk,khd->qhgd", weights, values).reshape(len_q, heads, head_dim)
+    return torch.einsum("hgqk,khd->qhgd", weights, values.float()).reshape(len_q, heads, head_dim)

@@ -12,7 +12,7 @@ def write(
 ) -> None:
     slots, kv_heads, head_dim = k_cache.shape
     bad = extension().kv_cache_write(
-        k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr(),
+        k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), k_cache.data_ptr(), v_cache.data_ptr(), slot_mapping.data_ptr(),
         k.shape[0], slots, kv_heads * head_dim,
     )  # fmt: skip
     if bad >= 0:

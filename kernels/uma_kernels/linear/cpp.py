@@ -38,7 +38,7 @@ def pack(weight: torch.Tensor | BlockQuantized) -> tuple[torch.Tensor, Handle]:
 
 
 def linear(x: torch.Tensor, data: torch.Tensor, handle: Handle, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    extension().linear(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr())
+    extension().linear(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr(), out.stride(0))
 
 
 def linear_near(
@@ -46,10 +46,10 @@ def linear_near(
 ) -> None:
     kernels = extension()
     multiply = kernels.linear if handle[3] == 32 else kernels.linear_near
-    multiply(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr())
+    multiply(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr(), out.stride(0))
 
 
-def gather_rows(data: torch.Tensor, handle: Handle, ids: torch.Tensor, out: torch.Tensor) -> None:
-    bad = extension().gather_rows(*handle, ids.data_ptr(), ids.shape[0], out.data_ptr())
+def gather_rows(data: torch.Tensor, handle: Handle, ids: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    bad = extension().gather_rows(*handle, ids.data_ptr(), ids.shape[0], scale, out.data_ptr())
     if bad >= 0:
         raise IndexError(f"`ids[{bad}]` is {ids[bad].item()} but the weight has {handle[1]} rows")

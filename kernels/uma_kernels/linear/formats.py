@@ -5,6 +5,7 @@ Knows the layout of quants, scales and minima; does not know files, ggml block f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,14 @@ class BlockQuantized:
         if self.mins is not None:
             weight = weight + self.mins[:, :, None]
         return weight.reshape(rows, width)
+
+    @classmethod
+    def cat(cls, parts: Sequence[BlockQuantized]) -> BlockQuantized:
+        """The rows of weights of one format and width, one after the other."""
+        first = parts[0]
+        mins = None if first.mins is None else torch.cat([part.mins for part in parts if part.mins is not None])
+        quants, scales = torch.cat([part.quants for part in parts]), torch.cat([part.scales for part in parts])
+        return cls(first.bits, first.block_size, quants, scales, mins)
 
     def rows(self, index: torch.Tensor) -> BlockQuantized:
         """The rows `index` [M] int64, in that order: a selection, or a permutation of the output features."""

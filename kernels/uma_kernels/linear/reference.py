@@ -7,16 +7,36 @@ import torch.nn.functional as F
 
 from uma_kernels.linear.formats import BlockQuantized
 
-Handle = tuple[int, int, int, int, int, bool]
+FP8 = torch.float8_e4m3fn
+FP8_LARGEST = 448.0
 
 
-def pack(weight: torch.Tensor | BlockQuantized) -> tuple[torch.Tensor, Handle]:
-    dense = weight.dequantize() if isinstance(weight, BlockQuantized) else weight.clone()
-    return dense, (0, *dense.shape, 32, 32, False)
+def pack(weight: torch.Tensor | BlockQuantized, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A copy of the weight as `dtype`, with one scale a row where that is FP8."""
+    dense = weight.dequantize() if isinstance(weight, BlockQuantized) else weight
+    if dtype is FP8:
+        return quantize_fp8(dense)
+    return dense.to(dtype, copy=True), None
 
 
-def linear(x: torch.Tensor, data: torch.Tensor, handle: Handle, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    out.copy_(F.linear(x, data, bias))
+def quantize_fp8(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows [M, K] as e4m3 values with a scale each [M] fp32: the largest magnitude of a row becomes 448, zeros keep scale 1."""
+    wide = rows.float()
+    top = wide.abs().amax(dim=1)
+    scales = torch.where(top == 0, torch.ones_like(top), top / FP8_LARGEST)
+    return (wide / scales[:, None]).clamp(-FP8_LARGEST, FP8_LARGEST).to(FP8), scales
+
+
+def linear(
+    x: torch.Tensor, data: torch.Tensor, scales: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    wide_bias = None if bias is None else bias.float()
+    if scales is None:
+        out.copy_(F.linear(x.float(), data.float(), wide_bias))
+        return
+    quants, x_scales = quantize_fp8(x)
+    product = F.linear(quants.float(), data.float()) * (x_scales[:, None] * scales[None, :])
+    out.copy_(product if wide_bias is None else product + wide_bias)
 
 
 SMALLEST = 2.0**-90  # a block whose largest magnitude is below counts as zeros
@@ -50,5 +70,8 @@ def linear_near(x: torch.Tensor, weight: BlockQuantized, bias: torch.Tensor | No
     out.copy_(total if bias is None else total + bias)
 
 
-def gather_rows(data: torch.Tensor, handle: Handle, ids: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(data.index_select(0, ids))
+def gather_rows(data: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tensor, out: torch.Tensor) -> None:
+    if scales is None:
+        out.copy_(data.index_select(0, ids))
+    else:
+        out.copy_(data.view(torch.uint8).index_select(0, ids).view(FP8).float() * scales[ids][:, None])

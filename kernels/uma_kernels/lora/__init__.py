@@ -10,11 +10,23 @@ from dataclasses import dataclass
 
 import torch
 
-from uma_kernels.check import ShapeError, check
+from uma_kernels.check import FLOATS, ShapeError, check
 from uma_kernels.dispatch import choose
-from uma_kernels.lora import cpp, reference
+from uma_kernels.lora import cpp, plans, reference
+from uma_kernels.lora.pool import LoraPool, PoolFull
+from uma_kernels.lora.routing import DeviceRouting
 
-__all__ = ["LoraRouting", "PackedLora", "lora", "pack_lora"]
+__all__ = [
+    "DeviceRouting",
+    "LoraPool",
+    "LoraRouting",
+    "LoraSlice",
+    "PackedLora",
+    "PoolFull",
+    "lora",
+    "lora_merged",
+    "pack_lora",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +37,7 @@ class PackedLora:
     rank: int
     in_features: int  # K
     out_features: int  # N
-    data: tuple[torch.Tensor, ...]  # cpp: one uint8 buffer, see csrc/cpu/lora.h; reference: lora_a, scaling * lora_b
+    data: tuple[torch.Tensor, ...]  # cpp: one uint8 buffer, see csrc/cpu/lora.h; else: lora_a, scaling * lora_b
     address: int  # of the cpp buffer, else 0
 
     @property
@@ -36,14 +48,14 @@ class PackedLora:
 def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> PackedLora:
     """
     Semantics:  prepares the update scaling * lora_b @ lora_a of a layer
-    Shapes:     lora_a [R, K] fp32 . lora_b [N, R] fp32, none of them 0
+    Shapes:     lora_a [R, K] . lora_b [N, R], none of them 0; fp32 (cpp), or both in one of fp32, bf16, fp16
     Errors:     ShapeError when the factors do not fit together or are empty
     """
-    check("lora_a", lora_a, (None, None))
-    check("lora_b", lora_b, (None, lora_a.shape[0]))
+    backend = choose("lora", lora_a.device.type)
+    check("lora_a", lora_a, (None, None), torch.float32 if backend == "cpp" else FLOATS)
+    check("lora_b", lora_b, (None, lora_a.shape[0]), lora_a.dtype)
     if not lora_a.numel() or not lora_b.numel():
         raise ShapeError(f"`lora_a` {list(lora_a.shape)} and `lora_b` {list(lora_b.shape)} must not be empty")
-    backend = choose("lora", lora_a.device.type)
     data, address = (cpp if backend == "cpp" else reference).pack_lora(lora_a, lora_b, scaling)
     return PackedLora(backend, lora_a.shape[0], lora_a.shape[1], lora_b.shape[0], data, address)
 
@@ -90,22 +102,111 @@ def lora(x: torch.Tensor, out: torch.Tensor, adapters: Sequence[PackedLora | Non
     """
     Semantics:  out[t] += scaling[a] * (x[t] @ lora_a[a].T) @ lora_b[a].T  in place, where a is the slot of row t;
                 a row without a slot, or whose slot holds None, keeps its value
-    Shapes:     x [T, K] . adapters[a]: lora_a [R_a, K], lora_b [N, R_a], any ranks . out [T, N], apart from `x`
-    Numerics:   fp32 accumulate; cpp: batch-invariant: the update is summed from 0 in a fixed order and added once
+    Shapes:     x [T, K] . adapters[a]: lora_a [R_a, K], lora_b [N, R_a], any ranks . out [T, N], its rows at any stride, apart
+                from `x`
+    Numerics:   fp32 accumulate; cpp, triton: batch-invariant: the update is summed from 0 in a fixed order and added once.
+                triton takes fp32, bf16 and fp16 and prepares a pool for each call: an engine uses `lora_merged`
     Errors:     ShapeError when shapes do not fit or an adapter was packed for another back end; IndexError when a slot
                 has no entry in `adapters`
     Source:     Punica (arXiv 2310.18547); S-LoRA (arXiv 2311.03285)
     """
-    check("x", x, (routing.num_tokens, None))
-    check("out", out, (routing.num_tokens, None))
+    backend = choose("lora", x.device.type)
+    check("x", x, (routing.num_tokens, None), torch.float32 if backend == "cpp" else FLOATS)
+    check("out", out, (routing.num_tokens, None), x.dtype, strided=True)
     if routing.is_empty:
         return
     chosen = [adapters[slot] for slot in routing.slots]
-    expected = (choose("lora", x.device.type), x.shape[1], out.shape[1])
+    expected = (backend, x.shape[1], out.shape[1])
     for slot, adapter in zip(routing.slots, chosen, strict=True):
         if adapter is None:
             continue
         actual = (adapter.backend, adapter.in_features, adapter.out_features)
         if actual != expected:
             raise ShapeError(f"the adapter in slot {slot} has back end, K, N {actual} but the batch needs {expected}")
-    (cpp if expected[0] == "cpp" else reference).lora(x, out, chosen, routing.order, routing.offsets)
+    if backend == "triton":
+        _lora_by_pool(x, out, chosen, routing)
+    else:
+        (cpp if backend == "cpp" else reference).lora(x, out, chosen, routing.order, routing.offsets)
+
+
+def _lora_by_pool(x: torch.Tensor, out: torch.Tensor, chosen: list[PackedLora | None], routing: LoraRouting) -> None:
+    present = [adapter for adapter in chosen if adapter is not None]
+    if not present:
+        return
+    blocks = sum(-(-adapter.rank // 16) for adapter in present)
+    most = max(adapter.rank for adapter in present)
+    pool = LoraPool(x.shape[1], [out.shape[1]], len(chosen), blocks, max_rank=most, dtype=x.dtype, device=x.device)
+    mapping = torch.full((routing.num_tokens,), -1, dtype=torch.int32, device="cpu")
+    bounds = routing.offsets.tolist()
+    for i, adapter in enumerate(chosen):
+        mapping[routing.order[bounds[i] : bounds[i + 1]].cpu().long()] = i
+        if adapter is not None:
+            lora_a, scaled_b = adapter.data
+            pool.load(i, [(lora_a, scaled_b, 1.0)])
+    on_device = DeviceRouting(routing.num_tokens, len(chosen), [pool])
+    on_device.build(mapping.to(x.device))
+    lora_merged(x, out, pool, on_device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoraSlice:
+    """Some columns of a merged output, and the adapters of the projection they belong to, indexed by slot."""
+
+    num_columns: int
+    adapters: Sequence[PackedLora | None]
+
+
+def lora_merged(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    slices: LoraPool | Sequence[LoraSlice],
+    routing: DeviceRouting | LoraRouting,
+) -> None:
+    """
+    Semantics:  `lora` for projections that share x and whose outputs lie side by side in `out` (q, k, v; gate, up)
+    Shapes:     x [T, K] . out [T, sum N_i], apart from `x`; rows of either may lie any stride apart where the slices are a
+                pool . routing: of these T rows
+    Numerics:   as `lora`. A pool (triton): one or two launches for all slices, no synchronisation, no memory taken; x, out
+                and dense factors of one dtype, s = x A^T rounded to it once, out rounded once. Same bits for a row in any
+                batch and with any plan
+    Errors:     ShapeError when x, out, pool and routing do not fit, or a pool is asked for on another back end
+    Source:     as `lora`; ordered partial sums by the last arriver: stream-K (arXiv 2301.03598)
+    """
+    if not isinstance(slices, LoraPool):
+        if not isinstance(routing, LoraRouting):
+            raise ShapeError("slices without a pool need a LoraRouting")
+        check("out", out, (routing.num_tokens, sum(part.num_columns for part in slices)), x.dtype)
+        first = 0
+        for part in slices:
+            lora(x, out[:, first : first + part.num_columns], part.adapters, routing)
+            first += part.num_columns
+        return
+    check_site(x, out, slices, routing)
+    if routing.num_tokens:
+        from uma_kernels.lora import triton_kernel
+
+        assert isinstance(routing, DeviceRouting)
+        plan = plans.pair_plan(routing.num_tokens, x.element_size())
+        triton_kernel.lora_merged(x, out, slices, routing, plan)
+
+
+def check_site(x: torch.Tensor, out: torch.Tensor, pool: LoraPool, routing: DeviceRouting | LoraRouting) -> None:
+    """Raise ShapeError unless a pool's kernels can take these."""
+    if not isinstance(routing, DeviceRouting):
+        raise ShapeError("a pool needs a DeviceRouting")
+    if choose("lora", x.device.type) != "triton":
+        raise ShapeError(f"a pool needs the triton back end, not `{choose('lora', x.device.type)}`")
+    for name, tensor, width in (("x", x, pool.in_features), ("out", out, pool.out_features)):
+        if tensor.shape != (routing.num_tokens, width) or tensor.stride(1) != 1 or tensor.stride(0) < width:
+            raise ShapeError(
+                f"`{name}` has shape {list(tensor.shape)} and strides {list(tensor.stride())} but must have rows of {width}"
+                f" adjacent elements, [{routing.num_tokens}, {width}]"
+            )
+        if tensor.dtype is not pool.dtype or tensor.device != pool.device:
+            raise ShapeError(
+                f"`{name}` is {tensor.dtype} on {tensor.device} but the pool has {pool.dtype} on {pool.device}"
+            )
+    if routing.device != pool.device or routing.num_slots != pool.num_slots:
+        raise ShapeError("the pool and the routing differ in device or `num_slots`")
+    if routing.shrunk.shape[1] < pool.max_stacked_rows or routing.shrunk.dtype is not pool.dtype:
+        raise ShapeError("the routing was made for other pools: its scratch does not fit this one")

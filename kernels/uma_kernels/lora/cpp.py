@@ -25,4 +25,4 @@ def lora(
     x: torch.Tensor, out: torch.Tensor, adapters: list[PackedLora | None], order: torch.Tensor, offsets: torch.Tensor
 ) -> None:
     addresses = tuple(0 if adapter is None else adapter.address for adapter in adapters)
-    extension().lora(x.data_ptr(), out.data_ptr(), addresses, offsets.data_ptr(), order.data_ptr())
+    extension().lora(x.data_ptr(), out.data_ptr(), out.stride(0), addresses, offsets.data_ptr(), order.data_ptr())

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> tuple[tuple[torch.Tensor, ...], int]:
-    return (lora_a.clone(), lora_b * scaling), 0
+    return (lora_a.to(torch.float32, copy=True), lora_b.float() * scaling), 0
 
 
 def lora(
@@ -23,4 +23,5 @@ def lora(
             continue
         rows = order[begin:end].to(device=x.device, dtype=torch.int64)
         lora_a, scaled_b = adapter.data
-        out.index_add_(0, rows, x.index_select(0, rows) @ lora_a.T @ scaled_b.T)
+        update = x.index_select(0, rows).float() @ lora_a.T @ scaled_b.T
+        out[rows] = (out.index_select(0, rows).float() + update).to(out.dtype)

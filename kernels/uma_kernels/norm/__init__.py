@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from uma_kernels.check import ShapeError, check, out_like
+from uma_kernels.check import FLOATS, ShapeError, check, out_like
 from uma_kernels.dispatch import choose
 from uma_kernels.norm import cpp, reference
 
@@ -19,16 +19,16 @@ __all__ = ["add_rms_norm", "rms_norm"]
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None = None) -> torch.Tensor:
     """
     Semantics:  out = x / sqrt(mean(x^2) + eps) * weight, over the last dimension
-    Shapes:     x, out [..., K] . weight [K]; `out` may be `x`
+    Shapes:     x, out [..., K], their rows (along the first dimension) at any stride . weight [K]; `out` may be `x`
     Numerics:   fp32; batch-invariant
     Errors:     ShapeError when shapes do not fit
     Source:     arXiv 1910.07467
     """
     if x.dim() == 0:
         raise ShapeError("`x` has no dimension but must have [..., K]")
-    check("x", x, (None,) * x.dim())
-    check("weight", weight, (x.shape[-1],))
-    out = out_like("out", out, tuple(x.shape), x)
+    check("x", x, (None,) * x.dim(), FLOATS, strided=True)
+    check("weight", weight, (x.shape[-1],), x.dtype)
+    out = out_like("out", out, tuple(x.shape), x, strided=True)
     _backend(x).rms_norm(x, weight, eps, out)
     return out
 
@@ -42,13 +42,18 @@ def add_rms_norm(
     Numerics:   fp32; batch-invariant, and bitwise the addition followed by rms_norm
     Errors:     ShapeError when shapes do not fit
     """
-    check("x", x, (None, None))
-    check("residual", residual, tuple(x.shape))
-    check("weight", weight, (x.shape[1],))
+    check("x", x, (None, None), FLOATS)
+    check("residual", residual, tuple(x.shape), x.dtype)
+    check("weight", weight, (x.shape[1],), x.dtype)
     out = out_like("out", out, tuple(x.shape), x)
     _backend(x).add_rms_norm(x, residual, weight, eps, out)
     return out
 
 
 def _backend(x: torch.Tensor) -> ModuleType:
-    return cpp if choose("norm", x.device.type) == "cpp" else reference
+    backend = choose("norm", x.device.type)
+    if backend == "triton":
+        from uma_kernels.norm import triton_kernel
+
+        return triton_kernel
+    return cpp if backend == "cpp" and x.dtype is torch.float32 else reference

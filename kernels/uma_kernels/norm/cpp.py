@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from uma_kernels.dispatch import extension
@@ -9,8 +11,12 @@ from uma_kernels.dispatch import extension
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
     width = x.shape[-1]
-    rows = x.numel() // width if width else 0
-    extension().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps)
+    if x.dim() == 1:
+        x, out = x[None], out[None]
+    heads = math.prod(x.shape[1:-1])
+    extension().rms_norm(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), out.stride(0), x.shape[0], heads, width, eps
+    )
 
 
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:

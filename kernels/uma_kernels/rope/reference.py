@@ -13,6 +13,6 @@ def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch
     half = q.shape[-1] // 2
     cos, sin = table[positions][:, None, :].split(half, dim=-1)
     for x in (q, k):
-        first, second = x[..., :half].clone(), x[..., half:].clone()
+        first, second = (part.to(torch.float32, copy=True) for part in x.split(half, dim=-1))
         x[..., :half] = first * cos - second * sin
         x[..., half:] = second * cos + first * sin

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from uma_kernels.check import check
+from uma_kernels.check import check, check_indices, readable
 from uma_kernels.dispatch import choose
 from uma_kernels.sampling import cpp, reference
 
@@ -28,7 +28,8 @@ class SamplingBatch:
                 presence_penalty 0, frequency_penalty 0: off. seeds and steps name the random number of the row
     Shapes:     temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty [B] fp32 .
                 top_k [B] int32 . seeds, steps [B] int64
-    Errors:     ShapeError when shapes do not fit . ValueError when a parameter is out of range
+    Errors:     ShapeError when shapes do not fit . ValueError when a parameter is out of range (on a GPU: where values are
+                `readable`)
     """
 
     temperature: torch.Tensor
@@ -75,7 +76,8 @@ def sample(
     Shapes:     logits [B, V] fp32, unchanged . mask [B, V] bool . -> [B] int64
     Numerics:   fp32 weights, fp64 cumulative sums; a row's draw depends on the row alone
     Errors:     ShapeError when shapes do not fit . ValueError when a row holds a NaN or +inf, or no token is left in
-                it . IndexError when an id of token_counts is outside 0 .. V - 1
+                it . IndexError when an id of token_counts is outside 0 .. V - 1. On a GPU where values are not `readable`
+                the first gives the token -1, the second -2, and such an id changes nothing
     """
     check("logits", logits, (None, None))
     rows = logits.shape[0]
@@ -90,12 +92,28 @@ def sample(
                 check("token_counts ids", entry[0], (None,), torch.int64)
                 check("token_counts counts", entry[1], tuple(entry[0].shape), torch.int32)
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    backend = cpp if choose("sampling", logits.device.type) == "cpp" else reference
-    backend.sample(logits, batch, token_counts, mask, out)
+    name = choose("sampling", logits.device.type)
+    if name != "triton":
+        (cpp if name == "cpp" else reference).sample(logits, batch, token_counts, mask, out)
+        return out
+    from uma_kernels.sampling import triton_kernel
+
+    for row, entry in enumerate(token_counts or ()):
+        if entry is not None:
+            check_indices(f"token_counts[{row}]", entry[0], 0, logits.shape[1])
+    triton_kernel.sample(logits, batch, token_counts, mask, out)
+    if readable(out):
+        for row, token in enumerate(out.tolist()):
+            if token < 0:
+                bad = token == triton_kernel.NOT_FINITE
+                what = "holds a NaN or +inf" if bad else "has no token left: all are masked or -inf"
+                raise ValueError(f"`logits[{row}]` {what}")
     return out
 
 
 def _check_range(name: str, values: torch.Tensor, accepts: Callable[[float], bool], wanted: str) -> None:
+    if not readable(values):
+        return
     for row, value in enumerate(values.tolist()):
         if not accepts(value):
             raise ValueError(f"`{name}[{row}]` is {value} but must be {wanted}")

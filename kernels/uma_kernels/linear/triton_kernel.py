@@ -1,0 +1,291 @@
+"""Matrix products on a GPU: one kernel whose sums do not know how many rows there are.
+
+Knows tiles, dtypes and scales; does not know layers, or how a quantised file stores its weights.
+
+Every element of the result is one chain of tensor-core instructions over K in ascending order, 16 (8 bits: 32) at a step,
+into one fp32 accumulator. Tiles differ with the number of rows, the instruction (wgmma m64k16 on sm_90, mma m16k16 on
+sm_80) and the order of its steps do not, and padding adds exact zeros: so a row has the same bits alone and in any batch.
+There is no split along K.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from uma_kernels.aot import AotCase
+from uma_kernels.dispatch import interpreted
+from uma_kernels.linear.reference import FP8, FP8_LARGEST
+
+
+@dataclass(frozen=True)
+class Tile:
+    rows: int  # BLOCK_M
+    columns: int  # BLOCK_N
+    depth: int  # BLOCK_K, in bytes: one tile serves 16-bit and 8-bit weights
+    warps: int
+    stages: int
+    rate: float = 1.0  # share of the best tile's speed where the GPU is full: what `plan` weighs against idle SMs
+    tma: bool = True  # loads by tensor descriptors where the GPU has them
+    persistent: bool = True  # one program an SM, which overlaps a tile's stores with the next one's loads
+
+
+# Large tiles for many rows; narrow ones so that the weight of a decode step is read by all SMs.
+WIDE = (
+    Tile(128, 256, 128, 8, 3, 1.0),
+    Tile(128, 128, 128, 8, 4, 0.9),
+    Tile(64, 128, 128, 4, 5, 0.75),
+    Tile(64, 64, 256, 4, 4, 0.6),
+)
+NARROW = (Tile(64, 128, 128, 4, 6), Tile(64, 64, 256, 4, 5), Tile(64, 32, 256, 4, 6), Tile(64, 16, 512, 4, 5))
+FP32 = Tile(32, 128, 64, 8, 2)
+AMPERE = (Tile(128, 128, 128, 8, 3), Tile(64, 64, 128, 4, 4))
+EMULATED = Tile(16, 32, 128, 4, 2)  # small: its products are multiplied out
+
+
+def plan(tokens: int, rows: int, dtype: torch.dtype, sms: int, capability: int) -> Tile:
+    """The tile for T = `tokens`, N = `rows`. It decides speed, never a bit of the result."""
+    if dtype is torch.float32:
+        return FP32
+    if capability < 9:
+        return AMPERE[0] if -(-tokens // 128) * -(-rows // 128) >= sms else AMPERE[1]
+    if tokens <= 64:
+        return next((tile for tile in NARROW if -(-rows // tile.columns) >= 0.7 * sms), NARROW[-1])
+
+    def cost(tile: Tile) -> float:
+        tiles = -(-tokens // tile.rows) * -(-rows // tile.columns)
+        return -(-tiles // sms) * tile.rows * tile.columns / tile.rate
+
+    return min(WIDE, key=cost)
+
+
+@triton.jit(do_not_specialize=["T"])
+def matmul_kernel(
+    x, w, bias, x_scales, w_scales, out, T, N, K, stride_x, stride_w, stride_out,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out = (x @ w.T) * x_scales * w_scales + bias. Each program takes every num_programs-th tile, GROUP tiles of rows at a
+    time, so that neighbours share what the L2 holds. INTERPRETED: the
+    interpreter's dot has no 16-bit types, and in its BLAS the place of a row in a tile decides its bits."""
+    tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PERSISTENT):
+        group = tile // (GROUP * tiles_n)
+        height = min(tiles_m - group * GROUP, GROUP)
+        inside = tile - group * GROUP * tiles_n
+        first_m = (group * GROUP + inside % height) * BLOCK_M
+        first_n = (inside // height) * BLOCK_N
+        offs_m = first_m + tl.arange(0, BLOCK_M)
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for first_k in range(0, K, BLOCK_K):
+            if TMA:
+                a = x.load([first_m, first_k])
+                b = w.load([first_n, first_k])
+            else:
+                offs_k = first_k + tl.arange(0, BLOCK_K)
+                in_k = offs_k[None, :] < K
+                a = tl.load(
+                    x + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :], (offs_m[:, None] < T) & in_k, 0.0
+                )
+                b = tl.load(
+                    w + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :], (offs_n[:, None] < N) & in_k, 0.0
+                )
+            if INTERPRETED:
+                sums += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
+            else:
+                sums = tl.dot(a, b.T, sums, input_precision="ieee")
+        in_n = offs_n < N
+        if SCALED:
+            sums *= (
+                tl.load(x_scales + offs_m, offs_m < T, 0.0)[:, None] * tl.load(w_scales + offs_n, in_n, 0.0)[None, :]
+            )
+        if HAS_BIAS:
+            sums += tl.load(bias + offs_n, in_n, 0.0).to(tl.float32)[None, :]
+        to = out + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
+        tl.store(to, sums.to(out.dtype.element_ty), (offs_m[:, None] < T) & in_n[None, :])
+
+
+@triton.jit
+def quantize_rows_kernel(x, out, scales, K, stride_x, LARGEST: tl.constexpr, BLOCK: tl.constexpr):
+    """Row by row in 8 bits: scale = max |x| / LARGEST (1 for a row of zeros), out = x / scale."""
+    row = tl.program_id(0).to(tl.int64)
+    top = 0.0
+    for first in range(0, K, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.max(tl.abs(tl.load(x + row * stride_x + offs, offs < K, 0.0).to(tl.float32)), 0))
+    scale = tl.where(top == 0.0, 1.0, top / LARGEST)
+    for first in range(0, K, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        values = tl.load(x + row * stride_x + offs, offs < K, 0.0).to(tl.float32) / scale
+        values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
+        tl.store(out + row * K + offs, values.to(out.dtype.element_ty), offs < K)
+    tl.store(scales + row, scale)
+
+
+@triton.jit
+def gather_rows_kernel(w, w_scales, ids, out, N, K, stride_w, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """out[m] = w[ids[m]]; a row whose id is out of range is not written."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = tl.load(ids + row)
+    if (index >= 0) & (index < N):
+        values = tl.load(w + index * stride_w + offs, offs < K)
+        if SCALED:
+            values = values.to(tl.float32) * tl.load(w_scales + index)
+        tl.store(out + row * K + offs, values.to(out.dtype.element_ty), offs < K)
+
+
+@functools.cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """SMs and the major compute capability; for the interpreter those of a small old GPU."""
+    if device.type != "cuda":
+        return 4, 8
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [T, K] as e4m3 with one scale a row."""
+    tokens, width = x.shape
+    out = torch.empty(tokens, width, dtype=FP8, device=x.device)
+    scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    block = min(triton.next_power_of_2(width), 4096)
+    if tokens:
+        quantize_rows_kernel[(tokens,)](x, out, scales, width, x.stride(0), LARGEST=FP8_LARGEST, BLOCK=block)
+    return out, scales
+
+
+def linear(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    mode: str = "audit",
+    tile: Tile | None = None,
+) -> None:
+    """`tile` is for benches that look for a better one."""
+    if not out.numel():
+        return
+    x_scales = None
+    if scales is not None:
+        x, x_scales = quantize_rows(x)
+    if mode == "fast":
+        _library(x, data, x_scales, scales, bias, out)
+        return
+    tokens, width = x.shape
+    rows = data.shape[0]
+    sms, capability = device_limits(x.device)
+    if tile is None:
+        tile = EMULATED if interpreted() else plan(tokens, rows, x.dtype, sms, capability)
+    depth = max(16, tile.depth // data.element_size())
+    tma = tile.tma and capability >= 9 and data.dtype is not torch.float32 and fits_tma(x) and fits_tma(data)
+    a: Any = x
+    b: Any = data
+    if tma:
+        a = TensorDescriptor.from_tensor(x, [tile.rows, depth])
+        b = TensorDescriptor.from_tensor(data, [tile.columns, depth])
+    tiles = -(-tokens // tile.rows) * -(-rows // tile.columns)
+    matmul_kernel[(min(tiles, sms) if tile.persistent and tma else tiles,)](
+        a, b, bias, x_scales, scales, out, tokens, rows, width, x.stride(0), data.stride(0), out.stride(0),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=8, TMA=tma, PERSISTENT=tile.persistent and tma,
+        HAS_BIAS=bias is not None, SCALED=scales is not None, INTERPRETED=interpreted(),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def fits_tma(matrix: torch.Tensor) -> bool:
+    size = matrix.element_size()
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * size % 16 == 0 and matrix.stride(1) == 1
+
+
+def _library(
+    x: torch.Tensor,
+    data: torch.Tensor,
+    x_scales: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """cuBLAS, which takes another kernel, and other bits, for another number of rows."""
+    if x_scales is not None and scales is not None:
+        product = torch._scaled_mm(
+            x, data.T, x_scales[:, None], scales[None, :], out_dtype=torch.bfloat16, use_fast_accum=False
+        )
+        out.copy_(product if bias is None else product + bias)
+    elif bias is None:
+        torch.mm(x, data.T, out=out)
+    else:
+        torch.addmm(bias, x, data.T, out=out)
+
+
+def gather_rows(data: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tensor, out: torch.Tensor) -> None:
+    if not out.numel():
+        return
+    rows, width = data.shape
+    block = min(triton.next_power_of_2(width), 2048)
+    gather_rows_kernel[(ids.shape[0], triton.cdiv(width, block))](
+        data, scales, ids, out, rows, width, data.stride(0), SCALED=scales is not None, BLOCK=block
+    )
+
+
+def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = False) -> AotCase:
+    scaled = dtype == "fp8e4nv"
+    size = {"fp32": 4, "fp8e4nv": 1}.get(dtype, 2)
+    depth = max(16, tile.depth // size)
+    kind = {
+        k: f"tensordesc<{dtype}[{n},{depth}]>" if tma else f"*{dtype}"
+        for k, n in (("x", tile.rows), ("w", tile.columns))
+    }
+    constexprs: dict[str, Any] = {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "GROUP": 8, "TMA": tma, "PERSISTENT": tma and tile.persistent,
+        "HAS_BIAS": bias, "SCALED": scaled, "INTERPRETED": False,
+    }  # fmt: skip
+    constexprs |= {} if bias else {"bias": None}
+    constexprs |= {} if scaled else {"x_scales": None, "w_scales": None}
+    out = "bf16" if scaled else dtype
+    return AotCase(
+        f"matmul-{name}-{dtype}" + ("-tma" if tma else ""),
+        matmul_kernel,
+        {
+            **kind, "bias": f"*{out}", "x_scales": "*fp32", "w_scales": "*fp32", "out": f"*{out}",
+            "T": "i32", "N": "i32:16", "K": "i32:16", "stride_x": "i32:16", "stride_w": "i32:16", "stride_out": "i32:16",
+        },
+        constexprs,
+        tile.warps,
+        tile.stages,
+        is_matmul=dtype != "fp32",
+        only=90 if tma else None,
+    )  # fmt: skip
+
+
+AOT_CASES = [
+    *(_matmul_case(f"{t.rows}x{t.columns}", t, "bf16", True) for t in WIDE),
+    *(_matmul_case(f"narrow-{t.rows}x{t.columns}", t, "bf16", True, bias=t.columns == 32) for t in NARROW),
+    _matmul_case("128x256", WIDE[0], "fp16", True),
+    _matmul_case("128x256", WIDE[0], "fp8e4nv", True),
+    _matmul_case("narrow-64x32", NARROW[2], "fp8e4nv", True),
+    *(_matmul_case(f"{t.rows}x{t.columns}", t, "bf16", False, bias=True) for t in AMPERE),
+    _matmul_case("32x128", FP32, "fp32", False),
+    AotCase(
+        "quantize_rows",
+        quantize_rows_kernel,
+        {"x": "*bf16", "out": "*fp8e4nv", "scales": "*fp32", "K": "i32:16", "stride_x": "i32:16"},
+        {"LARGEST": FP8_LARGEST, "BLOCK": 4096},
+        only=90,
+    ),
+    AotCase(
+        "gather_rows",
+        gather_rows_kernel,
+        {"w": "*bf16", "ids": "*i64", "out": "*bf16", "N": "i32", "K": "i32:16", "stride_w": "i32:16"},
+        {"w_scales": None, "SCALED": False, "BLOCK": 2048},
+    ),
+]

@@ -1,0 +1,124 @@
+"""What each precision costs in accuracy: score margins of 1,008 (job, candidate) pairs, and perplexity, against `exact`.
+
+    python -m bench.accuracy [--model smollm2-135m] [--precisions near,fast] [--adapter DIR]
+
+Jobs are 21 real postings (bench/data), candidates the 48 people of examples/. `exact` computes fp32 activations on the same
+weights; a margin is the logit of the first label less that of the second. Perplexity is over the postings' tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bench.rows import ROOT, append_row
+from uma_engine import Candidate
+from uma_engine.tasks.candidates import read_candidates
+
+POSTINGS = ROOT / "bench/data/postings.jsonl"
+CANDIDATES = ROOT / "examples/candidates.jsonl"
+
+
+def margins(
+    model: str, precision: str, threads: int, jobs: Sequence[str], people: Sequence[Candidate], adapter: str | None
+) -> torch.Tensor:
+    """[jobs, candidates] fp64: logit of the first label less the second's, in the candidates' order."""
+    from uma_engine import Engine
+
+    with Engine(model, precision=precision, num_threads=threads, max_lora_rank=64) as engine:
+        if adapter:
+            engine.load_adapter("tuned", adapter)
+        rows = []
+        for number, job in enumerate(jobs, 1):
+            answer = engine.rank(job, people, adapter="tuned" if adapter else None)
+            rows.append([r.logits[0] - r.logits[1] for r in sorted(answer.all_results, key=lambda r: r.index)])
+            print(f"\r{precision}: job {number}/{len(jobs)}", end="", flush=True)
+        print()
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+@torch.inference_mode()
+def perplexity(model_name: str, precision: str, threads: int, texts: Sequence[str], context: int = 512) -> float:
+    """exp of the mean negative log-probability of each token after the first, in windows of `context` tokens."""
+    from uma_engine.catalog import open_model, resolve
+    from uma_engine.layers.batch_input import BatchInput, KVCacheTensors
+    from uma_engine.models import load_model
+    from uma_kernels import dispatch
+    from uma_kernels.attention import AttentionBatch
+
+    files = open_model(resolve(model_name))
+    total, count = 0.0, 0
+    with dispatch.threads(threads):
+        model = load_model(files, max_positions=context, precision=precision)
+        c = files.config
+        empty = [torch.zeros(1, c.num_kv_heads, c.head_dim) for _ in range(c.num_layers)]
+        for text in texts:
+            ids = files.tokenizer.encode(text)[:context]
+            n = len(ids)
+            ends = torch.tensor([0, n], dtype=torch.int32)
+            batch = BatchInput(
+                input_ids=torch.tensor(ids),
+                positions=torch.arange(n),
+                attention=AttentionBatch(ends, -1 - torch.arange(n, dtype=torch.int32), ends),
+                slot_mapping=torch.full((n,), -1, dtype=torch.int32),
+                output_rows=torch.arange(n),
+            )
+            logits = model.logits(model.forward(batch, KVCacheTensors(empty, empty)))
+            chosen = torch.log_softmax(logits[:-1].double(), -1).gather(1, torch.tensor(ids[1:])[:, None])
+            total -= chosen.sum().item()
+            count += n - 1
+    return math.exp(total / count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--precisions", default="near,fast")
+    parser.add_argument("--adapter", help="a PEFT directory to rank with")
+    parser.add_argument("--jobs", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    jobs = [json.loads(line)["text"] for line in POSTINGS.read_text().splitlines()][: args.jobs]
+    people = read_candidates(CANDIDATES)
+    exact = margins(args.model, "exact", args.threads, jobs, people, args.adapter)
+    exact_perplexity = perplexity(args.model, "exact", args.threads, jobs)
+    print(f"{exact.numel()} pairs, standard deviation of the margins within a job {exact.std(1).mean():.4f}")
+    for precision in args.precisions.split(","):
+        found = margins(args.model, precision, args.threads, jobs, people, args.adapter)
+        ratio = perplexity(args.model, precision, args.threads, jobs) / exact_perplexity
+        row = compare(exact, found) | {"perplexity_change_pct": round(100 * (ratio - 1), 4)}
+        print(f"{precision}: " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if not args.no_save:
+            conditions = {"model": args.model, "precision": precision, "adapter": args.adapter, "pairs": exact.numel()}
+            append_row("accuracy", {"bench": "accuracy", **conditions, "perplexity": round(exact_perplexity, 4), **row})
+
+
+def compare(exact: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:
+    """Differences of margins, and what they do to the order: rank correlation and the share of the first ten kept."""
+    difference = (found - exact).abs()
+
+    def ranks(scores: torch.Tensor) -> torch.Tensor:
+        return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1).double()
+
+    first, second = ranks(exact), ranks(found)
+    n = exact.shape[1]
+    spearman = 1 - 6 * (first - second).square().sum(1) / (n * (n * n - 1))
+    kept = ((first < 10) & (second < 10)).sum(1).double() / 10
+    return {
+        "max_difference": round(difference.max().item(), 5),
+        "mean_difference": round(difference.mean().item(), 6),
+        "spearman_mean": round(spearman.mean().item(), 5),
+        "spearman_min": round(spearman.min().item(), 5),
+        "first_ten_kept": round(kept.mean().item(), 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""This engine as a contestant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+REQUIREMENTS: tuple[str, ...] = ()
+BUILD: dict[str, str] = {}
+
+
+def start(variant: str, settings: dict[str, Any], w: dict[str, Any]) -> tuple[dict[str, Callable[[int], Any]], str]:
+    from uma_engine import Engine, SamplingParams, __version__
+
+    options: dict[str, Any] = {"num_threads": settings["threads"], "precision": variant, "enable_prefix_cache": False}
+    engine = Engine(settings["model"], max_loras=len(settings["adapters"]), max_lora_rank=64, **options)
+    tails = [c + w["suffix"] for c in w["candidates"]]
+    labels = (" Yes", " No")
+    names: list[str] = []
+
+    def margins(scores: Any) -> list[float]:
+        return [s.logits[0] - s.logits[1] for s in scores]
+
+    def rank(n: int) -> list[float]:
+        return margins(engine.score(w["prefix"], tails[:n], labels=labels))
+
+    def rank_lora(n: int) -> list[float]:
+        if not names:
+            for i, path in enumerate(settings["adapters"]):
+                engine.load_adapter(f"a{i}", path)
+                names.append(f"a{i}")
+
+        def part(i: int) -> list[float]:
+            return margins(engine.score(w["prefix"], tails[i : n : len(names)], labels=labels, adapter=names[i]))
+
+        with ThreadPoolExecutor(len(names)) as callers:  # four callers at once: their candidates share steps
+            parts = list(callers.map(part, range(len(names))))
+        return [parts[i % len(names)][i // len(names)] for i in range(n)]
+
+    def prefill(n: int) -> list[float]:
+        return margins(engine.score([], w["flat"][:n], labels=labels))
+
+    def decode(batch: int) -> Callable[[int], None]:
+        def run(steps: int) -> None:
+            prompts = [row[:64] for row in w["flat"][:batch]]
+            engine.generate(prompts, SamplingParams(max_tokens=steps, temperature=0, ignore_eos=True))
+
+        return run
+
+    tasks = {"rank": rank, "rank_lora": rank_lora, "prefill": prefill, "decode_1": decode(1), "decode_16": decode(16)}
+    return tasks, f"uma-engine {__version__} {engine.stack_info().backend}"

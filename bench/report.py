@@ -1,0 +1,150 @@
+"""Tables and pictures of `docs/` from the rows in `bench/results/`: `python -m bench.report`.
+
+Knows rows and documents; measures nothing. Of each comparison the newest row counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.charts import Bar, bar_chart
+from bench.rows import RESULTS, ROOT
+
+DOCS = ROOT / "docs"
+TASKS = {
+    "rank": "Ranking {candidates} candidates of 160 tokens under one job of 300",
+    "rank_lora": "The same with four adapters mixed",
+    "prefill": "Prefill of 16 sequences of 450 tokens",
+    "decode_1": "Decoding one sequence, 64 steps after a prompt of 64",
+    "decode_16": "Decoding 16 sequences, 64 steps after prompts of 64",
+}
+Row = dict[str, Any]
+
+
+def read_rows(area: str) -> list[Row]:
+    path = RESULTS / f"{area}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def newest(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
+    """The last row for each key, in the order in which the keys first appear."""
+    found: dict[Any, Row] = {}
+    for row in rows:
+        found[key(row)] = row
+    return list(found.values())
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in body)])
+
+
+def source(rows: Sequence[Row]) -> str:
+    """Where the rows are from: machine, date, commands."""
+    devices = sorted({row["device"] for row in rows})
+    dates = sorted({row["time"][:10] for row in rows})
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{', '.join(devices)}; {rows[0].get('threads', '?')} threads; {span}."
+
+
+def peers_section(rows: Sequence[Row]) -> str:
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for task, title in TASKS.items():
+            chosen = newest([r for r in rows if r["task"] == task and r["model"] == model], lambda r: r["peer"])
+            if not chosen:
+                continue
+            name = f"peers-{model}-{task.replace('_', '-')}.svg"
+            heading = f"{title.format(**chosen[0])}, {model}"
+            versions = "; ".join(dict.fromkeys(r["peer_version"] for r in chosen))
+            caption = [f"{source(chosen)} {chosen[0]['version']}.", f"Peers: {versions}."]
+            (DOCS / name).write_text(bar_chart(heading, chosen[0]["unit"], _bars(chosen), caption))
+            parts.append(
+                f"### {heading}\n\n![{heading}]({name})\n\n{_peers_table(chosen)}\n\n{source(chosen)} {versions}.\n"
+            )
+    return "\n".join(parts)
+
+
+def _bars(rows: Sequence[Row]) -> list[Bar]:
+    ours = {f"Uma Engine, {row['precision']}": row["value"] for row in rows}
+    bars = [Bar(label, value, "", True) for label, value in ours.items()]
+    for row in rows:
+        error = row["peer_max_score_error"]
+        bars.append(Bar(row["peer"], row["peer_value"], "" if error is None else f"score error {error:.3f}", False))
+    return bars
+
+
+def _peers_table(rows: Sequence[Row]) -> str:
+    def error(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    body = [
+        (
+            row["peer"],
+            f"{row['peer_value']:.2f}",
+            f"{row['value']:.2f} (`{row['precision']}`)",
+            f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}..{row['ratio_p80']:.2f})"
+            + ("" if row["ratio"] >= 1 else ", the peer is ahead"),
+            f"{error(row['peer_max_score_error'])} / {error(row['max_score_error'])}",
+            f"{row['peer_peak_rss_mib']} / {row['peak_rss_mib']}",
+        )
+        for row in rows
+    ]
+    unit = rows[0]["unit"]
+    header = (
+        "peer",
+        f"its {unit}",
+        f"ours, {unit}",
+        "ours over its, turn by turn",
+        "largest score error, its / ours",
+        "peak MiB, its / ours",
+    )
+    return table(header, body)
+
+
+def accuracy_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: (r["model"], r["precision"], r["adapter"]))
+    body = [
+        (
+            row["model"], f"`{row['precision']}`", row["pairs"], f"{row['max_difference']:.4f}", f"{row['mean_difference']:.5f}",
+            f"{row['spearman_mean']:.4f}", f"{row['first_ten_kept']:.3f}", f"{row['perplexity_change_pct']:+.3f} %",
+        )
+        for row in chosen
+    ]  # fmt: skip
+    header = (
+        "model",
+        "precision",
+        "pairs",
+        "largest difference",
+        "mean",
+        "rank correlation",
+        "first ten kept",
+        "perplexity",
+    )
+    return f"{table(header, body)}\n\nMargins of label logits against `exact` (fp32 activations, same weights). {source(chosen)}\n"
+
+
+SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
+    ("peers", "Against other engines, CPU", peers_section),
+    ("accuracy", "What a precision costs in accuracy", accuracy_section),
+)
+
+
+def main() -> None:
+    DOCS.mkdir(exist_ok=True)
+    parts = [
+        "# Benchmarks\n\nRendered from `bench/results/*.jsonl` by `python -m bench.report`; each row there holds its command and commit.\n"
+    ]
+    for area, title, render in SECTIONS:
+        rows = read_rows(area)
+        if rows:
+            parts.append(f"## {title}\n\n{render(rows)}")
+    (DOCS / "benchmarks.md").write_text("\n".join(parts))
+    print(f"wrote {Path('docs/benchmarks.md')} and its pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Matrix products and the small ops of a decoder layer on a GPU, beside cuBLAS, torch and the measured ceilings.
 
-    python -m bench.gpu.gemm [--quick] [--tune] [--only linear fp8 small head]
+    python -m bench.gpu.gemm [--quick] [--tune] [--only linear fp8 small head sampling]
 
 Knows shapes of real layers and what each op has to move or multiply; does not know the engine. Every cell is checked before
 it is timed, and a row of each product is compared bit for bit with itself alone (`same_bits`).
@@ -19,10 +19,12 @@ import torch.nn.functional as F
 
 from bench.gpu.harness import Timing, ceilings, compare, num_copies, require_gpu, save, table
 from uma_kernels import activation, kv_cache, norm, rope
+from uma_kernels.dispatch import use_backend
 from uma_kernels.label_head import label_head, token_logprobs
 from uma_kernels.linear import FP8, gather_rows, linear, pack
 from uma_kernels.linear import triton_kernel as gemm
 from uma_kernels.linear.triton_kernel import Tile
+from uma_kernels.sampling import SamplingBatch, sample
 from uma_kernels.testing import assert_reduction
 
 LAYERS = {  # (N, K) of each product of a layer
@@ -336,11 +338,55 @@ def bench_head(quick: bool) -> None:
         head_cells(151936, width, quick)
 
 
+def plain_sample(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Temperature 0.8, then top_k, or top_p by a sort: what torch offers without a kernel of one's own."""
+    if top_k:
+        values, ids = (logits / 0.8).topk(top_k)
+        return ids.gather(1, torch.multinomial(values.softmax(-1), 1))
+    values, ids = (logits / 0.8).sort(dim=-1, descending=True)
+    weights = values.softmax(-1)
+    weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)
+    return ids.gather(1, torch.multinomial(weights, 1))
+
+
+SAMPLING = {  # temperature, top_k, top_p
+    "greedy": (0.0, 0, 1.0),
+    "plain": (0.8, 0, 1.0),
+    "top_k-50": (0.8, 50, 1.0),
+    "top_p-0.95": (0.8, 0, 0.95),
+}
+
+
+def bench_sampling(quick: bool) -> None:
+    vocabulary = 151936
+    for rows in (64,) if quick else (1, 64, 256):
+        logits = [
+            torch.randn(rows, vocabulary, device=DEVICE) * 3 for _ in range(num_copies(4 * rows * vocabulary, 16))
+        ]
+        ones = torch.ones(rows, device=DEVICE)
+        for name, (temperature, top_k, top_p) in SAMPLING.items():
+            settings = SamplingBatch(
+                ones * temperature, (ones * top_k).int(), ones * top_p, ones * 0, ones, ones * 0, ones * 0,
+                torch.arange(rows, device=DEVICE), torch.zeros(rows, device=DEVICE, dtype=torch.int64),
+            )  # fmt: skip
+            with use_backend("reference"):
+                expected = sample(logits[0][:8], SamplingBatch(*(getattr(settings, f)[:8] for f in settings.__slots__)))
+            assert torch.equal(sample(logits[0], settings)[:8], expected), name
+            peer = (
+                partial(plain_sample, top_k=top_k, top_p=top_p) if name != "greedy" else partial(torch.argmax, dim=-1)
+            )
+            contestants: dict[str, Sequence[Call]] = {
+                "ours": [partial(sample, x, settings) for x in logits], "torch": [partial(peer, x) for x in logits],
+            }  # fmt: skip
+            report("sampling", f"{name}-B{rows}-V{vocabulary}", race(contestants), moved=4 * rows * vocabulary)
+
+
 PARTS: dict[str, Callable[[bool], None]] = {
     "linear": bench_linear,
     "fp8": bench_fp8,
     "small": bench_small,
     "head": bench_head,
+    "sampling": bench_sampling,
 }
 
 

@@ -3,8 +3,9 @@
 Knows the back ends that exist on this machine; does not know what any op computes.
 
 A choice is made by device: CUDA tensors take `triton`, CPU tensors take `cpp` where the extension is compiled, else
-`reference`. `UMA_BACKEND=reference|cpp|triton` or `use_backend(...)` forces one. `UMA_ISA=portable|avx2|avx512` picks the
-instruction set of `cpp`. `triton` takes CPU tensors only under Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
+`numba` where the op has it and it is installed, else `reference`. `UMA_BACKEND=reference|cpp|numba|triton` or
+`use_backend(...)` forces one. `UMA_ISA=portable|avx2|avx512` picks the instruction set of `cpp`. `triton` takes CPU
+tensors only under Triton's interpreter (`TRITON_INTERPRET=1`), for tests.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import contextlib
 import contextvars
 import functools
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "numba", "triton")
 # Ops and the back ends each has, the CPU's preferred one first. An op's folder registers nothing: this table is the registry.
 OPS: dict[str, tuple[str, ...]] = {
     "linear": ("cpp", "reference", "triton"),
@@ -32,6 +34,8 @@ OPS: dict[str, tuple[str, ...]] = {
     "kv_cache": ("cpp", "reference", "triton"),
     "label_head": ("cpp", "reference", "triton"),
     "sampling": ("cpp", "reference", "triton"),
+    "topk": ("cpp", "numba", "reference", "triton"),
+    "topk.maxsim": ("cpp", "numba", "reference", "triton"),
 }
 
 _FROM_ENVIRONMENT = os.environ.get("UMA_BACKEND") or None  # read once: `choose` runs for each op call
@@ -80,9 +84,56 @@ def triton_error() -> str | None:
     return None
 
 
+@functools.cache
+def numba_error() -> str | None:
+    """Why numba cannot be imported, None where it can."""
+    try:
+        import_module("numba")
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def interpreted() -> bool:
     """Triton kernels run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Timed:
+    """The extension with a clock at each of its functions."""
+
+    def __init__(self, extension: ModuleType, seconds: dict[str, list[float]]) -> None:
+        self._extension = extension
+        self._seconds = seconds
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._extension, name)
+        if not callable(call):
+            return call
+        times = self._seconds.setdefault(name, [])
+
+        def timed(*args: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*args)
+            finally:
+                times.append(time.perf_counter() - began)
+
+        setattr(self, name, timed)
+        return timed
+
+
+@contextlib.contextmanager
+def profiled() -> Iterator[dict[str, list[float]]]:
+    """Inside, the seconds of every call of a compiled kernel, by its name: of all threads of the process."""
+    global C
+    plain = extension()
+    seconds: dict[str, list[float]] = {}
+    C = _Timed(plain, seconds)  # type: ignore[assignment]
+    try:
+        yield seconds
+    finally:
+        C = plain
 
 
 def forced_backend() -> str | None:
@@ -112,6 +163,8 @@ def explain(op: str, device: str = "cpu") -> Choice:
             raise BackendUnavailable(f"`{op}` has no `{forced}` back end; it has {', '.join(available)}")
         if forced == "cpp":
             extension()
+        if forced == "numba" and numba_error() is not None:
+            raise BackendUnavailable(f"numba is not available: {numba_error()}")
         if forced == "triton":
             if triton_error() is not None:
                 raise BackendUnavailable(f"Triton is not available: {triton_error()}")
@@ -126,6 +179,8 @@ def explain(op: str, device: str = "cpu") -> Choice:
         return Choice(op, "reference", f"no kernel for device `{device}`")
     if "cpp" in available and C is not None:
         return Choice(op, "cpp", f"CPU tensors, extension compiled, instruction set {C.isa()}")
+    if "numba" in available and numba_error() is None:
+        return Choice(op, "numba", f"extension not available ({C_ERROR}), numba compiles")
     return Choice(op, "reference", f"extension not available ({C_ERROR})" if C is None else "no compiled kernel")
 
 

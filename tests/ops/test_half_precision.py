@@ -97,7 +97,7 @@ def test_fp8_multiplies_what_its_quants_and_scales_say(backend: str) -> None:
 def test_another_dtype_or_mode_is_refused() -> None:
     for bad in ({"dtype": torch.float64}, {"dtype": torch.int8}, {"mode": "slow"}):
         with pytest.raises(ValueError):
-            pack(torch.randn(3, 32), **bad)  # type: ignore[arg-type]
+            pack(torch.randn(3, 32), **bad)
     with pytest.raises(ShapeError):
         linear(torch.randn(2, 32), pack(torch.randn(3, 32), torch.bfloat16))
 

@@ -115,6 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(replay, recorded=True)
     replay.set_defaults(run=_lazy("replay"))
 
+    bench = commands.add_parser("bench", help="how fast this machine ranks, and where the time goes")
+    bench.add_argument("--candidates", type=int, default=64, metavar="N", help="candidates of one job (default: 64)")
+    bench.add_argument("--job-tokens", type=int, default=300, metavar="N", help="tokens of the job (default: 300)")
+    bench.add_argument(
+        "--candidate-tokens", type=int, default=160, metavar="N", help="tokens of each candidate (default: 160)"
+    )
+    bench.add_argument("--repeats", type=int, default=3, metavar="N", help="timed runs (default: 3)")
+    bench.add_argument("--profile", action="store_true", help="one more run, with the share of each op")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _model_options(bench)
+    bench.set_defaults(run=_lazy("bench"))
+
     models = commands.add_parser("models", help="list the models known by name")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
     models.add_argument("--fetch", metavar="NAME", help="fetch a model's files into the cache")

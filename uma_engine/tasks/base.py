@@ -96,6 +96,11 @@ class EngineBase:
         return self._stack.name
 
     @property
+    def vocab_size(self) -> int:
+        """Token ids are integers below this."""
+        return self._stack.model_config.vocab_size
+
+    @property
     def flops_per_token(self) -> float:
         """Floating-point operations of the linear layers for one token, a multiply and an add being two."""
         return self._stack.flops_per_token

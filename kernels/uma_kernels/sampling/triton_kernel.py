@@ -109,12 +109,12 @@ def sample_kernel(
             # temperature 0: the front of the order is the largest score itself
             greedy = temperature == 0.0
             temperature = tl.where(greedy, 1.0, temperature)
-            top_k = tl.where(greedy, 1, tl.load(top_ks + row))
+            top_k = tl.where(greedy, V, tl.load(top_ks + row))
             top_p = tl.where(greedy, 1.0, tl.load(top_ps + row))
             least = tl.load(min_ps + row)
             top_k = tl.where((top_k <= 0) | (top_k > V), V, top_k)
-            cut = tl.full((), 0x7F800000, tl.int32)  # the last key that stays
-            ties = top_k  # how many of those with that key stay: the first ones
+            cut = tl.where(greedy, 0, 0x7F800000)  # the last key that stays
+            ties = tl.where(greedy, 1, top_k)  # how many of those with that key stay: the first ones
             if top_k < V:
                 cut, before, _ = _bisect(logits, mask, V, largest, temperature, cut, top_k, 0.0, MASKED, BLOCK)
                 ties = top_k - before

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--candidates", type=int, default=64)
-    parser.add_argument("--precision", choices=("exact", "near"), default="near", help="of our linear layers")
+    parser.add_argument("--precision", choices=("exact", "near", "fast"), default="near", help="of our linear layers")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
     args = parser.parse_args()

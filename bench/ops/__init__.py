@@ -41,9 +41,13 @@ def measure(
     check: Callable[[], None],
     run: Callable[[], object],
     run_peer: Callable[[], object],
+    peak: str = "fp32_fma",
     **row: Any,
 ) -> None:
-    """Runs `check` (raises AssertionError where ours is wrong), then times both, prints a line and saves a row."""
+    """Runs `check` (raises AssertionError where ours is wrong), then times both, prints a line and saves a row.
+
+    `peak` is the kind of ceiling (bench.ceiling) that the arithmetic has.
+    """
     if args.only not in f"{row['op']} {row['case']} {row['dtype']}":
         return
     check()
@@ -60,11 +64,12 @@ def measure(
         **row,
     )
     threads = extension.get_num_threads()
-    made["pct_fma"] = round(100 * made["gflop_s"] / ceiling("fp32_fma", threads), 1)
+    share = {kind: round(100 * made["gflop_s"] / (ceiling(kind, threads) or 1e9), 1) for kind in ("fp32_fma", peak)}
+    made |= {"pct_fma": share["fp32_fma"], "peak": peak, "pct_peak": share[peak]}
     made["pct_read"] = round(100 * made["gb_s"] / ceiling("read", threads), 1)
     print(
         f"{made['op']:8} {made['dtype']:10} {made['case']:34} {made['p50_ms']:9.3f} ms {made['gflop_s']:8.1f} GFLOP/s"
-        f" ({made['pct_fma']:.0f} % of FMA) {made['gb_s']:6.1f} GB/s ({made['pct_read']:.0f} % of read) {made['ratio']:6.2f}x"
+        f" ({made['pct_peak']:.0f} % of {peak}) {made['gb_s']:6.1f} GB/s ({made['pct_read']:.0f} % of read) {made['ratio']:6.2f}x"
         f" {made['peer']}  (others used {made['others_share']:.0%} of the machine)",
         flush=True,
     )

@@ -9,16 +9,17 @@ import torch.nn.functional as F
 
 from bench.ops import measure, options, set_threads
 from uma_kernels.linear import BlockQuantized, linear, pack
-from uma_kernels.linear.cases import BENCH_CASES, LinearCase, WeightFormat
-from uma_kernels.testing import assert_reduction
+from uma_kernels.linear.cases import BENCH_CASES, FAST_BENCH_CASES, LinearCase, WeightFormat
+from uma_kernels.testing import assert_fast, assert_near, assert_reduction
 
 FORMATS = (WeightFormat(32), WeightFormat(4, 32, True), WeightFormat(8, 32))
+PEAKS = {("near", 4): "int8_madd", ("near", 8): "int8_madd", ("fast", 4): "int4_madd", ("fast", 8): "int8_madd"}
 FEW_ROWS_BYTES = (
     64 << 20
 )  # of fp32 weights read in turn where rows are few, as a model's layers are: no cache holds them
 
 
-def bench_case(args: argparse.Namespace, case: LinearCase, weight_format: WeightFormat) -> None:
+def bench_case(args: argparse.Namespace, case: LinearCase, weight_format: WeightFormat, precision: str) -> None:
     copies = 1 if case.tokens >= 64 else max(1, min(24, FEW_ROWS_BYTES // (4 * case.rows * case.width)))
     x, out = torch.randn(case.tokens, case.width), torch.empty(case.tokens, case.rows)
     weights = [weight_format.random(case.rows, case.width) for _ in range(copies)]
@@ -27,16 +28,23 @@ def bench_case(args: argparse.Namespace, case: LinearCase, weight_format: Weight
 
     def check() -> None:
         true = F.linear(x.double(), dense[0].double())
-        assert_reduction(linear(x, packed[0]), F.linear(x, dense[0]), true)
+        made = linear(x, packed[0], precision=precision)
+        if precision == "fast":
+            assert_fast(made, x, dense[0], weight_format.block_size)
+        elif precision == "near":
+            assert_near(made, true)
+        else:
+            assert_reduction(made, F.linear(x, dense[0]), true)
 
     measure(
         args,
         check,
-        lambda: [linear(x, weight, out=out) for weight in packed],
+        lambda: [linear(x, weight, out=out, precision=precision) for weight in packed],
         lambda: [F.linear(x, weight) for weight in dense],
         op="linear",
         case=case.id + (f"-x{copies}" if copies > 1 else ""),
-        dtype=weight_format.id,
+        dtype=weight_format.id + ("" if precision == "exact" else f" {precision}"),
+        peak=PEAKS.get((precision, weight_format.bits), "fp32_fma"),
         flops=case.flops * copies,
         bytes_moved=case.bytes(packed[0].nbytes) * copies,
         peer="torch fp32",
@@ -49,7 +57,11 @@ def main() -> None:
     torch.manual_seed(0)
     for case in BENCH_CASES:
         for weight_format in FORMATS:
-            bench_case(args, case, weight_format)
+            for precision in ("exact",) if weight_format.bits == 32 else ("exact", "near"):
+                bench_case(args, case, weight_format, precision)
+    for case in FAST_BENCH_CASES:
+        for weight_format in FORMATS[1:]:
+            bench_case(args, case, weight_format, "fast")
 
 
 if __name__ == "__main__":

@@ -26,5 +26,6 @@ void bind_norm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);
 void bind_sampling(pybind11::module_& m);
 void bind_tape(pybind11::module_& m);
+void bind_topk(pybind11::module_& m);
 
 }  // namespace uma

@@ -3,6 +3,7 @@
 #include "bindings/bindings.h"
 #include "bindings/linear.h"
 #include "bindings/tape.h"
+#include "cpu/linear_fast.h"
 #include "cpu/linear_near.h"
 
 namespace uma {
@@ -43,6 +44,16 @@ void bind_linear(pybind11::module_& m) {
          uintptr_t bias, uintptr_t out, int64_t out_stride) {
         return taped([=] {
           UMA_SELECT(near_linear_ops)().linear(at<const float>(x), rows, packed_weight(data, n, k, bits, block_size, has_mins),
+                                               at<const float>(bias), at<float>(out), out_stride, vnni_enabled());
+        });
+      },
+      NoGil());
+  m.def(
+      "linear_fast",
+      [](uintptr_t data, int64_t n, int64_t k, int bits, int block_size, bool has_mins, uintptr_t x, int64_t rows,
+         uintptr_t bias, uintptr_t out, int64_t out_stride) {
+        return taped([=] {
+          UMA_SELECT(fast_linear_ops)().linear(at<const float>(x), rows, packed_weight(data, n, k, bits, block_size, has_mins),
                                                at<const float>(bias), at<float>(out), out_stride, vnni_enabled());
         });
       },

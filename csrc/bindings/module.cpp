@@ -14,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
   uma::bind_rope(m);
   uma::bind_sampling(m);
   uma::bind_tape(m);
+  uma::bind_topk(m);
 }

@@ -50,16 +50,35 @@ static inline simd::vf exp_nonpositive(simd::vf x) {
   return x < -87.3f ? vf{} : p * scale;
 }
 
-// to[d * ldt + j] = rows[j][d] for j < kLanes and d < dim.
-static inline void transpose_rows(const float* const* rows, int64_t dim, float* to, int64_t ldt) {
+// to[d * ldt + j] = rows[j][offset + d] for j < kLanes and d < dim.
+static inline void transpose_rows(const float* const* rows, int64_t offset, int64_t dim, float* to, int64_t ldt) {
   using namespace simd;
   for (int64_t d = 0; d < dim;) {
     const int count = dim - d < kLanes ? static_cast<int>(dim - d) : kLanes;
+#if defined(UMA_ISA_AVX2)
+    if (count == kLanes) {  // halves of rows j and j + 4 side by side, then two shuffles inside the halves
+      for (int half = 0; half < kLanes; half += 4) {
+        __m256 x[4];
+        for (int j = 0; j < 4; ++j)
+          x[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[j] + offset + d + half)),
+                                      _mm_loadu_ps(rows[j + 4] + offset + d + half), 1);
+        const __m256 low01 = _mm256_unpacklo_ps(x[0], x[1]), high01 = _mm256_unpackhi_ps(x[0], x[1]);
+        const __m256 low23 = _mm256_unpacklo_ps(x[2], x[3]), high23 = _mm256_unpackhi_ps(x[2], x[3]);
+        float* column = to + (d + half) * ldt;
+        _mm256_storeu_ps(column, _mm256_shuffle_ps(low01, low23, 0x44));
+        _mm256_storeu_ps(column + ldt, _mm256_shuffle_ps(low01, low23, 0xee));
+        _mm256_storeu_ps(column + 2 * ldt, _mm256_shuffle_ps(high01, high23, 0x44));
+        _mm256_storeu_ps(column + 3 * ldt, _mm256_shuffle_ps(high01, high23, 0xee));
+      }
+      d += kLanes;
+      continue;
+    }
+#endif
     vf x[kLanes];
     if (count == kLanes) {
-      for (int j = 0; j < kLanes; ++j) x[j] = load(rows[j] + d);
+      for (int j = 0; j < kLanes; ++j) x[j] = load(rows[j] + offset + d);
     } else {
-      for (int j = 0; j < kLanes; ++j) x[j] = load_partial(rows[j] + d, count);
+      for (int j = 0; j < kLanes; ++j) x[j] = load_partial(rows[j] + offset + d, count);
     }
     // log2(kLanes) perfect shuffles of the kLanes^2 elements: each brings the last bit of a lane's number to the front.
     for (int stage = 1; stage < kLanes; stage *= 2) {

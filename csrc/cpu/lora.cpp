@@ -61,102 +61,171 @@ void pack(uint8_t* to, const LoraHeader& header, const float* a, const float* b)
     pack_panel(b, header.n, header.rank, panel * kPanel, kPanel, zeros, at);
 }
 
-// Rows of one adapter that pass through the kernels together.
-struct RowTile {
-  int64_t adapter;
-  int64_t first;  // in the order of rows
-  int rows;
+// Some rows of one adapter, in the order of rows: what passes through a site's factors together, while those are in the cache.
+struct RowBlock {
+  int64_t adapter, first, rows;
+};
+constexpr int64_t kBlockTiles = 4;      // of a block, at most
+constexpr int64_t kExpandFloats = 4096;  // of B that all tiles of a block pass before the next: half of an L1 cache
+
+// out = or += some rows of x times `panels` panels of `width` columns, `depth` of their `stride` k. Rows of x are read where
+// they lie: with few columns, bringing them side by side would cost as much as the product.
+struct RowsStep {
+  const float* const* x;
+  const float* weights;
+  int64_t width, depth, stride, panels;
+  float* const* out;
+  int64_t columns;  // from `out` to the row's end
+  bool add;
 };
 
-// out = or += x times one panel, `width` columns of it; the rows of x are interleaved.
-void product(const float* x, int rows, const float* panel, int64_t width, int64_t depth, float* const* out, int64_t columns,
-             bool add) {
-  const int64_t slice = slice_depth(depth);
-  for (int64_t column = 0; column < width && column < columns; column += kTileVecs * kLanes) {
-    float* to[kTileRows];
-    for (int r = 0; r < rows; ++r) to[r] = out[r] + column;
-    for (int64_t k = 0; k < depth; k += slice) {
-      const TileStep step{x + k * rows, panel + k * width + column, width, slice < depth - k ? slice : depth - k, to,
-                          columns - column, {add || k > 0, nullptr}};
-      if (width - column >= kTileVecs * kLanes)
-        Tiles<kTileVecs>::of(rows)(step);
-      else
-        Tiles<1>::of(rows)(step);  // 16 columns where one vector holds them
+// Out of line: inlined among others, its pointers would not stay in registers.
+template <int kRows, int kV>
+__attribute__((noinline)) void rows_tile(const RowsStep& step) {
+  const float* x[kRows];
+  for (int r = 0; r < kRows; ++r) x[r] = step.x[r];
+  const int64_t depth = step.depth, width = step.width;
+  int64_t at = 0;  // columns done
+  for (int64_t p = 0; p < step.panels; ++p) {
+    for (int64_t column = 0; column < width && at < step.columns; column += kV * kLanes, at += kV * kLanes) {
+      vf sums[kRows][kV] = {};
+      const float* weights = step.weights + p * width * step.stride + column;
+      for (int64_t k = 0; k < depth; ++k, weights += width) {
+        vf weight[kV];
+        UMA_UNROLL for (int v = 0; v < kV; ++v) weight[v] = load(weights + v * kLanes);
+        UMA_UNROLL for (int r = 0; r < kRows; ++r) {
+          const vf value = splat(x[r][k]);
+          UMA_UNROLL for (int v = 0; v < kV; ++v) sums[r][v] += value * weight[v];
+        }
+      }
+      const Finish finish{step.add, nullptr};
+      UMA_UNROLL for (int r = 0; r < kRows; ++r) finish_row<kV>(sums[r], step.out[r] + at, step.columns - at, finish);
     }
   }
 }
 
-// shrunk[r][i] = scaling * (x A^T) of row i of the tile, r in the rows [panel * 32, ...) of A of panels [panel, panel_end).
-void shrink(const Adapter& adapter, const float* x, const int32_t* order, int rows, int64_t panel, int64_t panel_end,
-            float* shrunk) {
-  static thread_local Scratch scratch;
-  const float* from[kTileRows] = {};
-  for (int i = 0; i < rows; ++i) from[i] = x + order[i] * adapter.k;
-  const float* tiled = from[0];
-  if (rows > 1) {
-    float* to = scratch.floats(rows * adapter.k);
-    interleave_rows(from, rows, adapter.k, to);
-    tiled = to;
-  }
-  for (; panel < panel_end; ++panel) {
-    const int64_t first = panel * kPanel, width = panel_width(adapter.rank, panel);
-    const int64_t count = adapter.rank - first < width ? adapter.rank - first : width;
-    float sums[kTileRows][kPanel];
-    float* to[kTileRows];
-    for (int i = 0; i < rows; ++i) to[i] = sums[i];
-    product(tiled, rows, adapter.a + first * adapter.k, width, adapter.k, to, width, false);
-    for (int64_t r = 0; r < count; ++r)
-      for (int i = 0; i < rows; ++i) shrunk[(first + r) * rows + i] = adapter.scaling * sums[i][r];
+template <int kRows>
+void rows_step(int rows, const RowsStep& step) {
+  if (rows == kRows) return step.width >= kTileVecs * kLanes ? rows_tile<kRows, kTileVecs>(step) : rows_tile<kRows, 1>(step);
+  if constexpr (kRows > 1) rows_step<kRows - 1>(rows, step);
+}
+
+// body(first row, rows) for each tile of a block.
+template <typename Body>
+void for_tiles(int64_t rows, const Body& body) {
+  const int64_t tiles = tile_count(rows);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = tile_begin(rows, tiles, t);
+    body(first, static_cast<int>(tile_begin(rows, tiles, t + 1) - first));
   }
 }
 
-void expand(const Adapter& adapter, const float* shrunk, const int32_t* order, int rows, int64_t panel, int64_t panel_end,
+// shrunk[i] = scaling * x A^T of row order[i], i < rows; rows of `shrunk` are padded_rank floats.
+void shrink(const Adapter& adapter, const float* x, const int32_t* order, int64_t rows, float* shrunk) {
+  const int64_t slice = slice_depth(adapter.k), ld = padded_rank(adapter.rank);
+  for (int64_t panel = 0; panel < rank_panels(adapter.rank); ++panel) {
+    const int64_t column = panel * kPanel, width = panel_width(adapter.rank, panel);
+    for (int64_t k = 0; k < adapter.k; k += slice) {
+      const float* weights = adapter.a + column * adapter.k + k * width;
+      const int64_t depth = slice < adapter.k - k ? slice : adapter.k - k;
+      for_tiles(rows, [&](int64_t first, int count) {
+        const float* from[kTileRows];
+        float* to[kTileRows];
+        for (int r = 0; r < count; ++r) {
+          from[r] = x + order[first + r] * adapter.k + k;
+          to[r] = shrunk + (first + r) * ld + column;
+        }
+        rows_step<kTileRows>(count, {from, weights, width, depth, depth, 1, to, width, k > 0});
+      });
+    }
+  }
+  for (int64_t i = 0; i < rows * ld; i += kLanes) store(shrunk + i, load(shrunk + i) * adapter.scaling);
+}
+
+// The columns of panels [panel, end) of row order[i] of out += shrunk[i] B^T.
+void expand(const Adapter& adapter, const float* shrunk, const int32_t* order, int64_t rows, int64_t panel, int64_t end,
             float* out, int64_t out_stride) {
-  for (; panel < panel_end; ++panel) {
-    const int64_t n = panel * kPanel;
-    float* to[kTileRows];
-    for (int i = 0; i < rows; ++i) to[i] = out + order[i] * out_stride + n;
-    product(shrunk, rows, adapter.b + n * adapter.rank, kPanel, adapter.rank, to, adapter.n - n, true);
+  const int64_t slice = slice_depth(adapter.rank), ld = padded_rank(adapter.rank);
+  const int64_t most = kExpandFloats / (kPanel * adapter.rank) + 1;
+  for (; panel < end; panel += most) {
+    const int64_t n = panel * kPanel, panels = most < end - panel ? most : end - panel;
+    for_tiles(rows, [&](int64_t first, int count) {
+      for (int64_t k = 0; k < adapter.rank; k += slice) {
+        const float* from[kTileRows];
+        float* to[kTileRows];
+        for (int r = 0; r < count; ++r) {
+          from[r] = shrunk + (first + r) * ld + k;
+          to[r] = out + order[first + r] * out_stride + n;
+        }
+        const int64_t depth = slice < adapter.rank - k ? slice : adapter.rank - k;
+        const float* weights = adapter.b + n * adapter.rank + k * kPanel;
+        rows_step<kTileRows>(count, {from, weights, kPanel, depth, adapter.rank, panels, to, adapter.n - n, true});
+      }
+    });
   }
 }
 
-void lora(const float* x, float* out, int64_t out_stride, const uint8_t* const* adapters, const int32_t* offsets,
+void lora(const float* x, float* out, int64_t out_stride, const LoraSlice* slices, int64_t num_slices, const int32_t* offsets,
           int64_t count, const int32_t* order) {
-  static thread_local Scratch tile_memory, shrunk_memory;
-  int64_t tiles = 0, rank = 0;
+  static thread_local Scratch block_memory, shared_memory;
+  const int64_t rows = offsets[count] - offsets[0], threads = get_num_threads();
+  int64_t largest = 0;  // padded rank
+  for (int64_t s = 0; s < num_slices; ++s)
+    for (int64_t i = 0; i < count; ++i)
+      if (slices[s].adapters[i] != nullptr) {
+        const int64_t own = padded_rank(unpack(slices[s].adapters[i]).rank);
+        largest = own > largest ? own : largest;
+      }
+  if (rows == 0 || largest == 0) return;
+
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < count; ++i) tiles += tile_count(offsets[i + 1] - offsets[i]);
+  RowBlock* block = static_cast<RowBlock*>(block_memory.bytes(tiles * sizeof(RowBlock)));
+  int64_t block_tiles = tiles / (4 * threads);  // few enough that the threads end together
+  block_tiles = block_tiles < 1 ? 1 : block_tiles < kBlockTiles ? block_tiles : kBlockTiles;
+  int64_t blocks = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (adapters[i] == nullptr) continue;
-    tiles += tile_count(offsets[i + 1] - offsets[i]);
-    const int64_t own = unpack(adapters[i]).rank;
-    rank = own > rank ? own : rank;
-  }
-  if (tiles == 0) return;
-  RowTile* tile = static_cast<RowTile*>(tile_memory.bytes(tiles * sizeof(RowTile)));
-  for (int64_t i = 0, next = 0; i < count; ++i) {
-    const int64_t rows = offsets[i + 1] - offsets[i], own = tile_count(rows);
-    for (int64_t t = 0; adapters[i] != nullptr && t < own; ++t) {
-      const int64_t begin = tile_begin(rows, own, t);
-      tile[next++] = {i, offsets[i] + begin, static_cast<int>(tile_begin(rows, own, t + 1) - begin)};
+    const int64_t own = offsets[i + 1] - offsets[i], parts = (tile_count(own) + block_tiles - 1) / block_tiles;
+    for (int64_t p = 0; p < parts; ++p) {
+      const int64_t first = own * p / parts;
+      block[blocks++] = {i, offsets[i] + first, own * (p + 1) / parts - first};
     }
   }
-  float* shrunk = shrunk_memory.floats((offsets[count] - offsets[0]) * rank);
-  const auto shrunk_of = [&](const RowTile& t) { return shrunk + (t.first - offsets[0]) * rank; };
 
-  // Few tiles (decoding): their columns are divided too, or one thread would read an adapter alone.
-  const int64_t cuts = tiles >= 2 * get_num_threads() ? 1 : 2 * get_num_threads();
-  parallel_for(tiles * cuts, [&](int64_t task) {
-    const RowTile& t = tile[task / cuts];
-    const Adapter adapter = unpack(adapters[t.adapter]);
-    const int64_t panels = rank_panels(adapter.rank), cut = task % cuts;
-    const int64_t begin = panels * cut / cuts, end = panels * (cut + 1) / cuts;
-    if (begin < end) shrink(adapter, x, order + t.first, t.rows, begin, end, shrunk_of(t));
+  if (blocks >= 2 * threads) {
+    parallel_for(blocks, [&](int64_t task) {
+      static thread_local Scratch own_memory;
+      const RowBlock& own = block[task];
+      float* shrunk = own_memory.floats(own.rows * largest);
+      for (int64_t s = 0; s < num_slices; ++s) {
+        if (slices[s].adapters[own.adapter] == nullptr) continue;
+        const Adapter adapter = unpack(slices[s].adapters[own.adapter]);
+        shrink(adapter, x, order + own.first, own.rows, shrunk);
+        expand(adapter, shrunk, order + own.first, own.rows, 0, out_panels(adapter.n), out + slices[s].column, out_stride);
+      }
+    });
+    return;
+  }
+  // Few blocks (decoding): slices and columns are divided too, or one thread would read an adapter alone.
+  float* shared = shared_memory.floats(num_slices * rows * largest);
+  const auto shrunk_of = [&](const RowBlock& own, int64_t s) {
+    return shared + (s * rows + own.first - offsets[0]) * largest;
+  };
+  parallel_for(blocks * num_slices, [&](int64_t task) {
+    const int64_t s = task % num_slices;
+    const RowBlock& own = block[task / num_slices];
+    if (slices[s].adapters[own.adapter] == nullptr) return;
+    shrink(unpack(slices[s].adapters[own.adapter]), x, order + own.first, own.rows, shrunk_of(own, s));
   });
-  parallel_for(tiles * cuts, [&](int64_t task) {
-    const RowTile& t = tile[task / cuts];
-    const Adapter adapter = unpack(adapters[t.adapter]);
-    const int64_t panels = out_panels(adapter.n), cut = task % cuts;
-    expand(adapter, shrunk_of(t), order + t.first, t.rows, panels * cut / cuts, panels * (cut + 1) / cuts,
-           out, out_stride);
+  const int64_t cuts = 2 * threads;
+  parallel_for(blocks * num_slices * cuts, [&](int64_t task) {
+    const int64_t s = task / cuts % num_slices, cut = task % cuts;
+    const RowBlock& own = block[task / cuts / num_slices];
+    if (slices[s].adapters[own.adapter] == nullptr) return;
+    const Adapter adapter = unpack(slices[s].adapters[own.adapter]);
+    const int64_t panels = out_panels(adapter.n);
+    expand(adapter, shrunk_of(own, s), order + own.first, own.rows, panels * cut / cuts, panels * (cut + 1) / cuts,
+           out + slices[s].column, out_stride);
   });
 }
 

@@ -14,14 +14,20 @@ struct alignas(64) LoraHeader {
   float scaling;
 };
 
+// One projection of a site whose projections share x: where its columns begin in out, and its adapters.
+struct LoraSlice {
+  const uint8_t* const* adapters;
+  int64_t column;
+};
+
 struct LoraOps {
   int64_t (*packed_bytes)(int64_t rank, int64_t k, int64_t n);
   void (*pack)(uint8_t* to, const LoraHeader& header, const float* a, const float* b);
-  // For each of `count` adapters: out[t] += scaling * (x[t] A^T) B^T over the rows t = order[offsets[i]] ..
-  // order[offsets[i + 1] - 1]. All adapters have the same k and n; rows of out begin `out_stride` floats apart. A null
-  // adapter adds nothing.
-  void (*lora)(const float* x, float* out, int64_t out_stride, const uint8_t* const* adapters, const int32_t* offsets, int64_t count,
-               const int32_t* order);
+  // For each of `num_slices` slices and each i < count, adapter = slices[s].adapters[i]:
+  // out[t, column ..] += scaling * (x[t] A^T) B^T over the rows t = order[offsets[i]] .. order[offsets[i + 1] - 1].
+  // All adapters have the same k; rows of out begin `out_stride` floats apart. A null adapter adds nothing.
+  void (*lora)(const float* x, float* out, int64_t out_stride, const LoraSlice* slices, int64_t num_slices,
+               const int32_t* offsets, int64_t count, const int32_t* order);
 };
 
 UMA_DECLARE_PER_ISA(const LoraOps& lora_ops();)

@@ -1,4 +1,4 @@
-"""How right an op must be: five tolerance classes, poisoned memory, sentinels, and the form of a case table.
+"""How right an op must be: six tolerance classes, poisoned memory, sentinels, and the form of a case table.
 
 Knows how results are compared; does not know any op. No test file holds a literal tolerance.
 
@@ -8,6 +8,7 @@ RANKING     scores within REDUCTION, order equal wherever two scores differ by m
 INVARIANT   bitwise equality between two ways to compute the same row.
 NEAR        max error against fp64 at most 1e-4 of the true result's largest magnitude: arithmetic that rounds its inputs
             to 16 bits on purpose.
+FAST        error of a product against fp64 at most six times what rounding its rows to 8 bits, outliers apart, is expected to do.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 
 __all__ = [
     "assert_exact",
+    "assert_fast",
     "assert_invariant",
     "assert_near",
     "assert_ranking",
@@ -34,6 +36,10 @@ FLOOR = {torch.float32: 2.0**-20, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-
 # Largest error of NEAR relative to the largest magnitude of the true result. Rounding to 16 bits moves each input by at most
 # 2^-16 of the largest of its block; over a row these errors add up like noise, not in a line.
 NEAR = 1e-4
+# FAST: in 8 bits a value moves by at most half a step of max |x| / 127 of its block, by step / sqrt(12) in the mean. The errors
+# of a row's values do not know of each other, so that of a product has the deviation that assert_fast computes; six of them
+# are met by chance once in 10^9 elements, and what a wrong scale or a wrong sum does exceeds them by far.
+FAST_LEVELS, FAST_DEVIATIONS = 127, 6.0
 SENTINEL = -7.25e8
 
 
@@ -78,6 +84,23 @@ def assert_near(actual: torch.Tensor, true: torch.Tensor, products: int = 1) -> 
     error = (actual.double() - true.double()).abs().max().item()
     bound = products * NEAR * true.double().abs().max().item()
     assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
+
+
+def assert_fast(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, block: int) -> None:
+    """`actual` is as near to the fp64 product of `x` [T, K] and `weight` [N, K], quantised in blocks of `block`, as FAST asks
+    of every element."""
+    true = x.double() @ weight.double().T
+    assert actual.shape == true.shape, f"shape {list(actual.shape)} is not {list(true.shape)}"
+    if true.numel() == 0:
+        return
+    assert torch.isfinite(actual).all(), "a result is not finite"
+    top = x.double().reshape(len(x), -1, block).abs().topk(2, dim=-1).values
+    outlier = top[:, :, 0] >= 2 * top[:, :, 1]
+    steps = torch.where(outlier, top[:, :, 1], top[:, :, 0]) / FAST_LEVELS
+    energy = weight.double().square().reshape(len(weight), -1, block).sum(dim=-1)
+    bound = FAST_DEVIATIONS * (steps.square() @ energy.T / 12).sqrt() + FLOOR[torch.float32] * true.abs().max()
+    excess = ((actual.double() - true).abs() / bound).max().item()
+    assert excess <= 1.0, f"an error is {excess:.2f} times what FAST allows"
 
 
 def assert_ranking(scores: Sequence[float], true: Sequence[float], floor: float) -> None:

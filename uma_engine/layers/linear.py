@@ -13,7 +13,7 @@ import torch
 
 from uma_engine.layers.batch_input import Routing
 from uma_kernels.linear import PackedLinear, linear
-from uma_kernels.lora import DeviceRouting, LoraPool, PackedLora, lora, lora_merged
+from uma_kernels.lora import DeviceRouting, LoraPool, LoraSlice, PackedLora, lora, lora_merged
 
 __all__ = ["AdapterPools", "AdapterSites", "Adapters", "Linear", "MergedLinear", "Site", "SiteGroup"]
 
@@ -118,8 +118,5 @@ def _update(x: torch.Tensor, out: torch.Tensor, sites: Sequence[Site], routing: 
     if isinstance(routing, DeviceRouting):
         lora_merged(x, out, cast(AdapterPools, adapters).pool_of(sites[0].name), routing)
         return
-    start = 0
-    for site in sites:
-        end = start + site.width
-        lora(x, out[:, start:end], cast(AdapterSites, adapters).sites_of(site.name), routing)
-        start = end
+    by_slot = cast(AdapterSites, adapters)
+    lora_merged(x, out, [LoraSlice(site.width, by_slot.sites_of(site.name)) for site in sites], routing)

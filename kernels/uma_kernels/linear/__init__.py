@@ -17,7 +17,7 @@ from uma_kernels.linear.formats import BlockQuantized
 
 __all__ = ["FP8", "LAYOUT", "MODES", "PRECISIONS", "BlockQuantized", "PackedLinear", "gather_rows", "linear", "pack"]
 
-PRECISIONS = ("exact", "near")  # see `linear`
+PRECISIONS = ("exact", "near", "fast")  # see `linear`
 MODES = ("audit", "fast")  # see `pack`
 FP8 = reference.FP8
 LAYOUT = (
@@ -35,7 +35,9 @@ class PackedLinear:
     handle: tuple[
         int, int, int, int, int, bool
     ]  # cpp: address, N, K, bits, block size, has minima; see csrc/bindings/linear.h
-    blocks: BlockQuantized | None = None  # reference: the blocks of a quantised weight, which `near` multiplies
+    blocks: BlockQuantized | None = (
+        None  # reference: the blocks of a quantised weight, which `near` and `fast` multiply
+    )
     scales: torch.Tensor | None = None  # of an 8-bit floating-point weight: fp32, one a row [N]
     mode: str = "audit"  # triton: see `pack`
 
@@ -105,14 +107,18 @@ def linear(
                          out += float(sum of q_x * q_w) * (scale_x * scale_w) and, where the weight has minima,
                          out += (scale_x * sum of q_x) * min_w; the bias last. Sums of integers are exact, the rest is fp32.
                          A block whose max |x| is below 2^-90 counts as zeros. A row with a NaN or an infinity gives NaN
-                         in the whole of that row. A dense weight has no blocks: `near` is `exact` for it, and triton, where
-                every weight is dense, takes no notice of it
+                         in the whole of that row
+                `fast`   as `near` with 127 in place of 32767: 8-bit integers. A value at least twice as large in magnitude
+                         as every other of its block, its outlier, counts as 0 in q_x; it comes first, in fp32:
+                         out += q_w * (outlier * scale_w), outlier after outlier, and it is added to scale_x * sum of q_x
+                A dense weight has no blocks: all are `exact` for it, and triton, where every weight is dense, takes no
+                notice of `precision`
     Shapes:     x [T, K] . weight [N, K] . bias [N] or None . out [T, N], all of `weight.dtype`; rows of
                 `out` may lie further apart than N; `out` must not overlap `x`
-    Numerics:   both in cpp: batch-invariant: the order of summing depends on K alone (csrc/cpu/linear_tile.h, linear_near.h).
-                `exact`: REDUCTION against fp64. `near`: REDUCTION against the fp64 value of what is said above, NEAR
-                against the fp64 product with x as it is. triton: fp32 sums, rounded once to the dtype; batch-invariant in
-                mode `audit`: one chain over K, whatever T (triton_kernel.py)
+    Numerics:   all in cpp: batch-invariant: the order of summing depends on K alone (csrc/cpu/linear_tile.h, linear_near.h,
+                linear_fast.h). `exact`: REDUCTION against fp64. `near`, `fast`: REDUCTION against the fp64 value of what is
+                said above; NEAR, FAST against the fp64 product with x as it is. triton: fp32 sums, rounded once to the
+                dtype; batch-invariant in mode `audit`: one chain over K, whatever T (triton_kernel.py)
     Errors:     ShapeError when shapes or dtypes do not fit, ValueError for another precision
     Source:     panels and register tiles as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015); integer products with
                 sums of x for the minima as in ggml's Q8_1 (github.com/ggml-org/ggml), with 16 bits in place of 8
@@ -125,13 +131,15 @@ def linear(
         raise ValueError(f"`precision` is `{precision}` but must be one of {', '.join(PRECISIONS)}")
     out = out_like("out", out, (x.shape[0], rows), x, strided=True)
     if weight.backend == "cpp":
-        (cpp.linear_near if precision == "near" else cpp.linear)(x, weight.data, weight.handle, bias, out)
+        {"exact": cpp.linear, "near": cpp.linear_near, "fast": cpp.linear_fast}[precision](
+            x, weight.data, weight.handle, bias, out
+        )
     elif weight.backend == "triton":
         from uma_kernels.linear import triton_kernel
 
         triton_kernel.linear(x, weight.data, weight.scales, bias, out, weight.mode)
-    elif precision == "near" and weight.blocks is not None:
-        reference.linear_near(x, weight.blocks, bias, out)
+    elif precision != "exact" and weight.blocks is not None:
+        (reference.linear_near if precision == "near" else reference.linear_fast)(x, weight.blocks, bias, out)
     else:
         reference.linear(x, weight.data, weight.scales, bias, out)
     return out

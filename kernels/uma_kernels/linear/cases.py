@@ -90,3 +90,18 @@ BENCH_CASES = [
     for tokens in (512, 8, 1)
     for rows, width in ((576, 576), (1536, 576), (576, 1536), (896, 4864))
 ]
+# All their matrices, at a prefill step's rows, a decode batch's and one.
+FAST_BENCH_CASES = [
+    LinearCase(tokens, rows, width)
+    for tokens in (1024, 256, 16, 1)
+    for rows, width in (
+        (576, 576),
+        (192, 576),
+        (1536, 576),
+        (576, 1536),
+        (896, 896),
+        (128, 896),
+        (4864, 896),
+        (896, 4864),
+    )
+]

@@ -1,4 +1,4 @@
-"""Matrix products in C++ (csrc/cpu/linear.cpp, linear_near.cpp, linear_packed.cpp). Shapes are checked by the caller."""
+"""Matrix products in C++ (csrc/cpu/linear*.cpp). Shapes are checked by the caller."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ def linear_near(
 ) -> None:
     kernels = extension()
     multiply = kernels.linear if handle[3] == 32 else kernels.linear_near
+    multiply(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr(), out.stride(0))
+
+
+def linear_fast(
+    x: torch.Tensor, data: torch.Tensor, handle: Handle, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    kernels = extension()
+    multiply = kernels.linear if handle[3] == 32 else kernels.linear_fast
     multiply(*handle, x.data_ptr(), x.shape[0], ptr(bias), out.data_ptr(), out.stride(0))
 
 

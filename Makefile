@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/uma/*.h) setup.py pyp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rank test test-fast check lint format types imports sanitize bench build clean doctor
+.PHONY: help rank test test-gpu-kernels test-fast check lint format types imports sanitize bench bench-peers report build clean doctor
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,11 +40,15 @@ rank: $(STAMP)  ## set up, fetch the default weights, rank the example
 doctor: $(STAMP)  ## what was found on this machine
 	$(BIN)/uma doctor
 
-test: $(VENV)/.dev-installed  ## all tests
-	$(BIN)/python -m pytest -q
+test: $(VENV)/.dev-installed  ## all tests, but for those of GPU kernels
+	$(BIN)/python -m pytest -q -m 'not interpreted'
+
+# Two processes: an interpreted kernel uses one CPU.
+test-gpu-kernels: $(VENV)/.dev-installed  ## GPU kernels without a GPU: interpreted against the reference, compiled for sm_80 and sm_90
+	$(BIN)/python -m pytest -q -m interpreted -n 2 --dist worksteal
 
 test-fast: $(VENV)/.dev-installed  ## tests without weights and slow ones
-	$(BIN)/python -m pytest -q -m 'not slow and not weights'
+	$(BIN)/python -m pytest -q -m 'not slow and not weights and not interpreted'
 
 check: lint types imports test  ## everything that CI asks for
 
@@ -64,6 +68,13 @@ imports: $(VENV)/.dev-installed
 
 sanitize: $(VENV)/.dev-installed  ## the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh $(BIN)/python
+
+bench-peers: $(VENV)/.dev-installed  ## this engine and others in turns (installs them under .peers/), then docs/benchmarks.md
+	$(BIN)/python -m bench.peers
+	$(BIN)/python -m bench.report
+
+report: $(VENV)/.dev-installed  ## docs/benchmarks.md and its pictures from bench/results
+	$(BIN)/python -m bench.report
 
 bench: $(VENV)/.dev-installed  ## the first benchmark: ranking against transformers
 	$(BIN)/python -m bench.ranking

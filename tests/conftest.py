@@ -46,6 +46,19 @@ if dispatch.triton_error() is None and dispatch.interpreted():
     _round_as_a_gpu_does()
 
 
+GPU_MODULES = {"test_lora_gpu", "test_half_precision", "test_device_runner", "test_aot"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of GPU kernels are marked where there is no GPU: interpreted, they take many minutes."""
+    for item in items:
+        call = getattr(item, "callspec", None)
+        on_triton = call is not None and "triton" in (str(value) for value in call.params.values())
+        in_module = item.path.stem in GPU_MODULES
+        if dispatch.interpreted() and (on_triton or in_module):
+            item.add_marker(pytest.mark.interpreted)
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_poison() -> Iterator[None]:
     random.seed(0)

@@ -10,7 +10,7 @@ import torch
 from tests.conftest import BACKENDS
 from uma_kernels import dispatch
 from uma_kernels.check import ShapeError
-from uma_kernels.lora import LoraRouting, PackedLora, lora, pack_lora
+from uma_kernels.lora import LoraRouting, LoraSlice, PackedLora, lora, lora_merged, pack_lora
 from uma_kernels.lora.cases import CASES, LoraCase
 from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction, with_sentinels
 
@@ -18,6 +18,9 @@ from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction
 compiled_only = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"], indirect=True)
 
 threads_matter = pytest.mark.parametrize("backend", [b for b in BACKENDS if b.startswith("cpp")], indirect=True)
+
+# Slices without a pool: a pool's own tests are in test_lora_gpu.py.
+merged_backends = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "triton"], indirect=True)
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 
@@ -100,6 +103,77 @@ def test_the_number_of_threads_changes_no_bit(tokens: int, backend: str) -> None
         extension.set_num_threads(before)
     assert_invariant(results[1], results[0])
     assert_invariant(results[2], results[0])
+
+
+def merged_case(
+    tokens: int,
+) -> tuple[list[LoraSlice], list[list[Factors | None]], torch.Tensor, torch.Tensor, list[int]]:
+    """Three projections of 70, 33 and 64 columns under four slots, one of them empty in one projection and one in all."""
+    cases = [
+        LoraCase(tokens, 600, n, ranks)
+        for n, ranks in ((70, (16, 0, 3, 0)), (33, (8, 17, 33, 0)), (64, (1, 16, 64, 0)))
+    ]
+    factors = [random_factors(case) for case in cases]
+    slices = [LoraSlice(case.rows, pack_all(own)) for case, own in zip(cases, factors, strict=True)]
+    mapping = [(3 * t + t // 5) % 5 - 1 for t in range(tokens)]
+    return slices, factors, torch.randn(tokens, 600), torch.randn(tokens, 167), mapping
+
+
+@merged_backends
+@pytest.mark.parametrize("tokens", [0, 1, 3, 90])
+def test_merged_projections_match_fp64_row_by_row(tokens: int, backend: str) -> None:
+    slices, factors, x, base, mapping = merged_case(tokens)
+    with with_sentinels(base.shape) as out:
+        out.copy_(base)
+        lora_merged(x, out, slices, LoraRouting.build(mapping, 4))
+        first = 0
+        for part, own in zip(slices, factors, strict=True):
+            columns = slice(first, first + part.num_columns)
+            assert_reduction(
+                out[:, columns],
+                row_by_row(x, base[:, columns], own, mapping, torch.float32),
+                row_by_row(x, base[:, columns], own, mapping, torch.float64),
+            )
+            first += part.num_columns
+
+
+@threads_matter
+def test_merged_projections_have_the_bits_of_single_ones_in_every_batch(backend: str) -> None:
+    slices, _, x, base, mapping = merged_case(90)
+    together = base.clone()
+    lora_merged(x, together, slices, LoraRouting.build(mapping, 4))
+    single, first = base.clone(), 0
+    for part in slices:
+        lora(x, single[:, first : first + part.num_columns], part.adapters, LoraRouting.build(mapping, 4))
+        first += part.num_columns
+    assert_invariant(single, together)
+    for size in (1, 2, 7, 40):
+        rows = random.sample(range(90), size)
+        out = base[rows].clone()
+        lora_merged(x[rows].clone(), out, slices, LoraRouting.build([mapping[t] for t in rows], 4))
+        assert_invariant(out, together[rows])
+
+
+@merged_backends
+def test_merged_projections_of_wrong_shapes_are_refused(backend: str) -> None:
+    routing = LoraRouting.build([0, 1], 2)
+    good, other = (
+        pack_lora(torch.zeros(4, 7), torch.zeros(5, 4), 1.0),
+        pack_lora(torch.zeros(4, 7), torch.zeros(6, 4), 1.0),
+    )
+    slices = [LoraSlice(5, [good, None]), LoraSlice(5, [None, other])]
+    with pytest.raises(ShapeError, match="slot 1"):
+        lora_merged(torch.zeros(2, 7), torch.zeros(2, 10), slices, routing)
+    with pytest.raises(ShapeError):
+        lora_merged(torch.zeros(2, 7), torch.zeros(2, 9), slices[:1], routing)
+    with pytest.raises(ShapeError):
+        lora_merged(torch.zeros(2, 8), torch.zeros(2, 5), slices[:1], routing)
+    lora_merged(torch.zeros(2, 7), torch.zeros(2, 0), [], routing)
+    if backend.startswith("cpp"):
+        with dispatch.use_backend("reference"):
+            plain = pack_lora(torch.zeros(4, 7), torch.zeros(5, 4), 1.0)
+        with pytest.raises(ShapeError, match="reference"):
+            lora_merged(torch.zeros(2, 7), torch.zeros(2, 5), [LoraSlice(5, [plain, None])], routing)
 
 
 def test_routing_groups_rows_by_slot_in_order() -> None:

@@ -57,7 +57,7 @@ TREE_CONFIGS = {
     128: Config(128, 64, 8, 3),
     256: Config(64, 32, 8, 3),
 }
-TREE_CONFIGS_BEFORE_SM90 = TREE_CONFIGS | {128: Config(128, 32, 8, 3)}  # without wgmma registers are shorter
+TREE_CONFIGS_BEFORE_SM90 = TREE_CONFIGS | {128: Config(64, 32, 4, 3)}  # without wgmma registers are shorter
 TREE_CONFIGS_FP32 = {
     16: Config(32, 16, 4, 1),
     32: Config(32, 16, 4, 1),
@@ -65,6 +65,7 @@ TREE_CONFIGS_FP32 = {
     128: Config(16, 16, 8, 1),
     256: Config(16, 16, 8, 1),
 }
+TREE_CONFIGS_FP32_BEFORE_SM90 = TREE_CONFIGS_FP32 | {256: Config(16, 16, 16, 1)}
 DECODE_CONFIGS = {
     16: DecodeConfig(256, 64, 4, 3),
     32: DecodeConfig(256, 64, 4, 3),
@@ -300,11 +301,13 @@ def _decode_join(
 
 def tree_config(head_dim: int, dtype: torch.dtype, before_sm90: bool | None = None) -> Config:
     """`before_sm90`: None asks the current device."""
-    if dtype == torch.float32:
-        return TREE_CONFIGS_FP32[_padded(head_dim)]
     if before_sm90 is None:
         before_sm90 = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
-    return (TREE_CONFIGS_BEFORE_SM90 if before_sm90 else TREE_CONFIGS)[_padded(head_dim)]
+    if dtype == torch.float32:
+        table = TREE_CONFIGS_FP32_BEFORE_SM90 if before_sm90 else TREE_CONFIGS_FP32
+    else:
+        table = TREE_CONFIGS_BEFORE_SM90 if before_sm90 else TREE_CONFIGS
+    return table[_padded(head_dim)]
 
 
 def decode_config(head_dim: int, dtype: torch.dtype) -> DecodeConfig:

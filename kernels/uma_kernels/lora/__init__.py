@@ -115,6 +115,9 @@ def lora(x: torch.Tensor, out: torch.Tensor, adapters: Sequence[PackedLora | Non
     check("out", out, (routing.num_tokens, None), x.dtype, strided=True)
     if routing.is_empty:
         return
+    if backend == "cpp":
+        cpp.lora(x, out, (LoraSlice(out.shape[1], adapters),), routing)
+        return
     chosen = [adapters[slot] for slot in routing.slots]
     expected = (backend, x.shape[1], out.shape[1])
     for slot, adapter in zip(routing.slots, chosen, strict=True):
@@ -126,7 +129,7 @@ def lora(x: torch.Tensor, out: torch.Tensor, adapters: Sequence[PackedLora | Non
     if backend == "triton":
         _lora_by_pool(x, out, chosen, routing)
     else:
-        (cpp if backend == "cpp" else reference).lora(x, out, chosen, routing.order, routing.offsets)
+        reference.lora(x, out, chosen, routing.order, routing.offsets)
 
 
 def _lora_by_pool(x: torch.Tensor, out: torch.Tensor, chosen: list[PackedLora | None], routing: LoraRouting) -> None:
@@ -164,18 +167,23 @@ def lora_merged(
 ) -> None:
     """
     Semantics:  `lora` for projections that share x and whose outputs lie side by side in `out` (q, k, v; gate, up)
-    Shapes:     x [T, K] . out [T, sum N_i], apart from `x`; rows of either may lie any stride apart where the slices are a
+    Shapes:     x [T, K] . out [T, sum N_i], apart from `x`, its rows at any stride; those of x too where the slices are a
                 pool . routing: of these T rows
-    Numerics:   as `lora`. A pool (triton): one or two launches for all slices, no synchronisation, no memory taken; x, out
-                and dense factors of one dtype, s = x A^T rounded to it once, out rounded once. Same bits for a row in any
-                batch and with any plan
+    Numerics:   as `lora`, bit for bit in cpp. A pool (triton): one or two launches for all slices, no synchronisation, no
+                memory taken; x, out and dense factors of one dtype, s = x A^T rounded to it once, out rounded once. Same
+                bits for a row in any batch and with any plan
     Errors:     ShapeError when x, out, pool and routing do not fit, or a pool is asked for on another back end
     Source:     as `lora`; ordered partial sums by the last arriver: stream-K (arXiv 2301.03598)
     """
     if not isinstance(slices, LoraPool):
         if not isinstance(routing, LoraRouting):
             raise ShapeError("slices without a pool need a LoraRouting")
-        check("out", out, (routing.num_tokens, sum(part.num_columns for part in slices)), x.dtype)
+        check("out", out, (routing.num_tokens, sum(part.num_columns for part in slices)), x.dtype, strided=True)
+        if choose("lora", x.device.type) == "cpp":
+            check("x", x, (routing.num_tokens, None), torch.float32)
+            if slices and not routing.is_empty:
+                cpp.lora(x, out, slices, routing)
+            return
         first = 0
         for part in slices:
             lora(x, out[:, first : first + part.num_columns], part.adapters, routing)

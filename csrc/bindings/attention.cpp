@@ -20,6 +20,11 @@ void bind_attention(pybind11::module_& m) {
       },
       NoGil());
   m.def(
+      "attention_exp", [](uintptr_t x, uintptr_t to, int64_t count) {
+        UMA_SELECT(attention_ops)().exp(at<const float>(x), at<float>(to), count);
+      },
+      NoGil());
+  m.def(
       "paged_decode",
       [](uintptr_t q, int64_t q_stride, uintptr_t k_cache, uintptr_t v_cache, uintptr_t out, uintptr_t block_table,
          uintptr_t context_lens, int64_t rows, int64_t blocks, int64_t block_size, int64_t num_slots, int64_t heads,

@@ -7,7 +7,7 @@
 // One task owns the queries of some positions of a chunk and one key-value head: their rows, all heads of the group
 // packed together, are read against a tile that is gathered once into the first-level cache, keys transposed. Few rows
 // read the values where they lie and fetch the next tile meanwhile. Decoding reads memory more than it computes: a task
-// takes all heads of the keys it reads, since single heads reach half the bandwidth, and may be only one split of a row.
+// takes all heads of the keys it reads, since single heads reach half the bandwidth, and may be one split of a row.
 #include "cpu/attention.h"
 
 #include "cpu/attention_lanes.h"
@@ -58,7 +58,7 @@ struct Task {
   int64_t kv_heads;   // how many of them
 };
 
-// Rows of the right operand of a product: at one stride, or each where its pointer says, with the row to fetch meanwhile.
+// Rows of the right operand of a product: at one stride, or each where its pointer says, and what to fetch meanwhile.
 struct Strided {
   const float* first;
   int64_t stride;
@@ -208,8 +208,8 @@ void fetch(const float* row, int64_t floats) {
   for (int64_t d = 0; d < floats; d += 16) __builtin_prefetch(row + d, 0, 2);
 }
 
-// Copies keys [begin, end) of the tile transposed into whole vectors and, unless they are read in place, values as rows:
-// those of the head that begins `offset` floats after the task's first.
+// Copies keys [begin, end) of the tile transposed into whole vectors and, unless read in place, values as rows: those
+// of the head that begins `offset` floats after the task's first.
 void gather_tile(const TileRows& at, const TileRows* next, int64_t offset, int64_t begin, int64_t end, Work& work) {
   for (int64_t j = begin / kLanes * kLanes; j < end; j += kLanes) {
     if (next)
@@ -331,6 +331,8 @@ void run_split(const AttentionArgs& args, const Task& task, int64_t split, Work&
     locate(args, task, tile, max64(begin - tile * kTile, 0), min64(end - tile * kTile, kTile), at);
   };
   work.split.clear(work.rows, work.width);
+  const int64_t calls = (work.head_rows + kRows - 1) / kRows;
+  const int64_t step = (work.head_rows + calls - 1) / calls;  // of 7 rows 4 and 3, not 6 and 1
   const int64_t first = begin / kTile, last = (end - 1) / kTile;
   TileRows *at = &rows[0], *next = &rows[1];
   find(first, *at);
@@ -345,8 +347,8 @@ void run_split(const AttentionArgs& args, const Task& task, int64_t split, Work&
     for (int64_t head = 0; head < task.kv_heads; ++head) {
       const int64_t offset = head * work.dim, past = (head + 1) * work.head_rows;
       gather_tile(*at, ahead, offset, max64(begin - tile * kTile, 0), min64(end - tile * kTile, kTile), work);
-      for (int64_t row = head * work.head_rows; row < past; row += kRows)
-        attend_rows(args, task, tile, row, static_cast<int>(min64(kRows, past - row)), offset, *at, ahead, work);
+      for (int64_t row = head * work.head_rows; row < past; row += step)
+        attend_rows(args, task, tile, row, static_cast<int>(min64(step, past - row)), offset, *at, ahead, work);
     }
     TileRows* done = at;
     at = next;
@@ -474,10 +476,14 @@ int64_t paged_decode(const AttentionArgs& args, const int32_t* block_table, cons
   return -1;
 }
 
+void exp_all(const float* x, float* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(to + i, exp_nonpositive(load(x + i)));
+}
+
 }  // namespace
 
 const AttentionOps& attention_ops() {
-  static const AttentionOps ops = {tree, paged_decode};
+  static const AttentionOps ops = {tree, paged_decode, exp_all};
   return ops;
 }
 

@@ -29,6 +29,8 @@ struct AttentionOps {
   // blocks are out of range, nothing computed, or -1.
   int64_t (*paged_decode)(const AttentionArgs& args, const int32_t* block_table, const int32_t* context_lens,
                           int64_t blocks, int64_t block_size);
+  // to[i] = e^x[i] as the weights are computed, for x <= 0 and a whole number of the widest vectors (16): for tests.
+  void (*exp)(const float* x, float* to, int64_t count);
 };
 
 UMA_DECLARE_PER_ISA(const AttentionOps& attention_ops();)

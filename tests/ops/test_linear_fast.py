@@ -131,7 +131,7 @@ def test_random_shapes(backend: str) -> None:
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high + 1, (), generator=generator))
 
-    for _ in range(60):
+    for _ in range(30):
         weight_format = QUANTIZED[draw(0, len(QUANTIZED) - 1)]
         tokens, rows = draw(1, 40), draw(1, 100)
         width = weight_format.block_size * draw(1, 44)

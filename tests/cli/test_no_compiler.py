@@ -57,5 +57,7 @@ def test_the_reference_back_end_ranks_and_doctor_says_why(tree: Path, tmp_path: 
     assert json.loads(ranked.stdout)["stack"]["backend"] == "reference"
     assert "the compiled kernels are not installed" in ranked.stderr
     doctor = json.loads(run(tree, "-m", "uma_engine.cli.main", "doctor", "--json").stdout)
-    assert {op["backend"] for op in doctor["ops"]} == {"reference"}
-    assert all("extension not available" in op["reason"] for op in doctor["ops"])
+    fallbacks = {"topk", "topk.maxsim"}  # numba, where it is installed, needs no compiler
+    for op in doctor["ops"]:
+        assert op["backend"] in ({"reference", "numba"} if op["op"] in fallbacks else {"reference"}), op
+        assert "extension not available" in op["reason"], op

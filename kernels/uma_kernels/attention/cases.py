@@ -159,8 +159,6 @@ HALF_CASES = [
     TreeCase("half_wide", 2, 2, 128, _leaves(70, 2, 9)),
     TreeCase("half_short", 6, 2, 80, _leaves(130, 5, 2), 100),
 ]
-PREFILL = TreeCase("prefill450", 9, 3, 64, _chain(450))
-LEAVES = TreeCase("leaves64x160_prefix300", 9, 3, 64, _leaves(300, 64, 160))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
+import statistics
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -28,12 +31,36 @@ KINDS = {
 FLOATS = 64 * 2**20
 
 
+class Meter:
+    """Ceilings taken in turns with what is measured: a shared machine's rate changes from second to second."""
+
+    def __init__(self, kinds: Iterable[str], threads: int) -> None:
+        self._rates: dict[str, list[float]] = {kind: [] for kind in dict.fromkeys(kinds)}
+        self._threads = threads
+        self._memory, self._aligned = _memory(threads if "read" in self._rates else 0)
+
+    def __call__(self) -> None:
+        """One short go of each kind."""
+        extension = dispatch.extension()
+        for kind, rates in self._rates.items():
+            rates.append(extension.ceiling(kind, self._threads, 0.012, self._aligned, FLOATS) / 1e9)
+
+    def median(self, kind: str) -> float:
+        """As `ceiling`, of the goes so far; infinite where there is no such instruction, so that its share is 0."""
+        return statistics.median(self._rates[kind]) or math.inf
+
+
+def _memory(arrays: int) -> tuple[np.ndarray, int]:
+    """Memory for so many arrays, all of it touched (untouched pages would all be one page of zeros), and where it begins."""
+    memory = np.ones(FLOATS * arrays + 16, np.float32)
+    return memory, -(-memory.ctypes.data // 64) * 64
+
+
 @functools.cache
 def ceiling(kind: str, threads: int, seconds: float = 0.3) -> float:
     """Operations or bytes per second, in units of 1e9; 0 where the active instruction set has no such instruction."""
-    floats = FLOATS * threads * {"read": 1, "copy": 2}.get(kind, 0)
-    memory = np.ones(floats + 16, np.float32)  # touched: untouched pages would all be one page of zeros
-    aligned = -(-memory.ctypes.data // 64) * 64
+    memory, aligned = _memory(threads * {"read": 1, "copy": 2}.get(kind, 0))
+    assert memory.size  # alive until the call is over
     return dispatch.extension().ceiling(kind, threads, seconds, aligned, FLOATS) / 1e9
 
 

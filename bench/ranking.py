@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -132,7 +131,9 @@ def worker(args: argparse.Namespace) -> int:
     for line in sys.stdin:
         reply: dict[str, Any] = {}
         if line.strip() == "quit":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            from bench.peers.serve import peak_rss_mib
+
+            peak = peak_rss_mib()
             last = {"peak_rss_mib": peak, "version": version, "workload": workload, "flops": flops}
             print(json.dumps(last), flush=True)
             return 0

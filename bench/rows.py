@@ -26,12 +26,16 @@ PAUSE = 0.03  # seconds
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 5
+    calls: Mapping[str, Callable[[], object]],
+    seconds: float = 1.0,
+    rounds: int = 5,
+    each_round: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
     """Times the calls in turns until `seconds` have gone and at least `rounds` rounds are done. Seconds of each call, in order.
 
     A turn begins with a pause, since the worker threads of some libraries spin for up to 20 ms after a call and would take
-    a CPU from the next, and with an untimed call, so that nobody starts from the caches another has left.
+    a CPU from the next, and with an untimed call, so that nobody starts from the caches another has left. `each_round`
+    is called once a round: where the machine's own rates are looked at.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
@@ -44,6 +48,8 @@ def interleave(
             while (begin := time.perf_counter()) < turn + PAUSE / 2:
                 call()
                 times[name].append(time.perf_counter() - begin)
+        if each_round:
+            each_round()
         done += 1
     return times
 

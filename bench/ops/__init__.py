@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bench import rows
-from bench.ceiling import ceiling
+from bench.ceiling import Meter
 from uma_kernels import dispatch
 
 
@@ -51,9 +51,10 @@ def measure(
     if args.only not in f"{row['op']} {row['case']} {row['dtype']}":
         return
     check()
-    others = rows.OthersShare()
-    times = rows.interleave({"ours": run, "peer": run_peer}, args.seconds)
     extension = dispatch.extension()
+    others = rows.OthersShare()
+    meter = Meter(("fp32_fma", peak, "read"), extension.get_num_threads())
+    times = rows.interleave({"ours": run, "peer": run_peer}, args.seconds, each_round=meter)
     made = rows.op_row(
         times=times["ours"],
         peer_times=times["peer"],
@@ -63,10 +64,12 @@ def measure(
         others_share=others.read(),
         **row,
     )
-    threads = extension.get_num_threads()
-    share = {kind: round(100 * made["gflop_s"] / (ceiling(kind, threads) or 1e9), 1) for kind in ("fp32_fma", peak)}
-    made |= {"pct_fma": share["fp32_fma"], "peak": peak, "pct_peak": share[peak]}
-    made["pct_read"] = round(100 * made["gb_s"] / ceiling("read", threads), 1)
+    made |= {"peak": peak, "ceilings": {kind: round(meter.median(kind), 1) for kind in ("fp32_fma", peak, "read")}}
+    made |= {
+        f"pct_{name}": round(100 * made["gflop_s"] / meter.median(kind), 1)
+        for name, kind in (("fma", "fp32_fma"), ("peak", peak))
+    }
+    made["pct_read"] = round(100 * made["gb_s"] / meter.median("read"), 1)
     print(
         f"{made['op']:8} {made['dtype']:10} {made['case']:34} {made['p50_ms']:9.3f} ms {made['gflop_s']:8.1f} GFLOP/s"
         f" ({made['pct_peak']:.0f} % of {peak}) {made['gb_s']:6.1f} GB/s ({made['pct_read']:.0f} % of read) {made['ratio']:6.2f}x"

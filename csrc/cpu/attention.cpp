@@ -24,7 +24,7 @@ using namespace simd;
 constexpr int kTile = 64;        // keys in a tile
 constexpr int kDepth = 64;       // elements of a head in one block of a score
 constexpr int kSplit = 256;      // keys that are reduced on their own and then joined: a task of a long context
-constexpr int kTaskRows = 192;   // query rows of a task: their scaled copy and results stay in the second-level cache
+constexpr int kTaskRows = 480;   // query rows of a task: their scaled copy and results stay in the second-level cache
 constexpr int kRows = 6;         // rows of a register tile: kRows x kVectors accumulators, kVectors + 1 operands
 #if defined(UMA_ISA_AVX512)
 constexpr int kVectors = 4;      // of 32 registers

@@ -113,10 +113,10 @@ void linear(const float* x, int64_t rows, const PackedWeight& w, const float* bi
     }
     parallel_for(tiles, interleave);
     const int64_t panels = w.panels();
-    const int64_t groups = group_count(panels, 3);
-    const int64_t cuts = at_most(tiles, (2 * get_num_threads() + groups - 1) / groups);  // of the rows
+    const int64_t groups = group_count(panels, 1);
+    const int64_t cuts = row_cuts(tiles, groups);
     parallel_for(groups * cuts, [&](int64_t task) {
-      const int64_t group = task / cuts, cut = task % cuts;
+      const int64_t cut = task / groups, group = task % groups;  // neighbours share rows of x
       with_format(w, [&](auto format) {
         many_rows<decltype(format)>(w, panels * group / groups, panels * (group + 1) / groups, tiled, count, tiles,
                                     tiles * cut / cuts, tiles * (cut + 1) / cuts, bias, to, out_stride);

@@ -137,10 +137,10 @@ void product(const float* x, int64_t rows, const PackedWeight& w, const float* b
       parallel_for(tiles, quantize);
     }
     const int64_t panels = w.panels();
-    const int64_t groups = w.n * w.k * count < kSerialWork ? 1 : group_count(panels, 3);
-    const int64_t cuts = at_most(tiles, (2 * get_num_threads() + groups - 1) / groups);  // of the rows
+    const int64_t groups = w.n * w.k * count < kSerialWork ? 1 : group_count(panels, 1);
+    const int64_t cuts = row_cuts(tiles, groups);
     parallel_for(groups * cuts, [&](int64_t task) {
-      const int64_t group = task / cuts, cut = task % cuts;
+      const int64_t cut = task / groups, group = task % groups;  // neighbours share rows of x
       many_rows<Kind>(q, w, panels * group / groups, panels * (group + 1) / groups, tiles * cut / cuts,
                       tiles * (cut + 1) / cuts, bias, to, ldo);
     });

@@ -250,8 +250,10 @@ static UMA_INLINE void fast_columns(const FastStep& step, int column) {
       }
     }
     const float* parameters = reinterpret_cast<const float*>(panel) + column;
-    // Two copies, as a sum should be fetched and put back once.
+    // Two copies, as a sum should be fetched and put back once. The empty asm keeps what they share from being computed
+    // before the branch, where it would push sums out of the registers.
     const auto fold = [&](auto mins) __attribute__((always_inline)) {
+      __asm__ volatile("" ::: "memory");
       UMA_UNROLL for (int v = 0; v < kV; ++v) {
         const vf scale = load(parameters + v * kLanes);
         UMA_UNROLL for (int r = 0; r < kRows; ++r) {

@@ -4,6 +4,8 @@
 // products. Rows of x lie as [blocks][rows][16 pairs] with their parameters as [blocks][2][rows] (scale_x, scale_x * sum).
 // Knows layouts and registers; does not know threads or how work is divided.
 #pragma once
+#include <type_traits>
+
 #include "cpu/linear_tile.h"
 
 #if !defined(UMA_ISA_AVX2) && !defined(UMA_ISA_AVX512) && defined(__SSE2__)
@@ -21,10 +23,24 @@ constexpr int kNearRows = 8;
 #else
 constexpr int kNearRows = 6;
 #endif
-constexpr int kTurn = 2;  // pairs in one turn of the inner loop; in longer ones GCC moves sums about
 
 typedef int16_t vs __attribute__((vector_size(kLanes * 2)));
 typedef int16_t vsu __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+// A pair in every lane. Written out: GCC would load many of them into scalar registers first and move them over one by one.
+static UMA_INLINE vi splat_lane(const int32_t* p) {
+#if defined(UMA_ISA_AVX512)
+  vi v;
+  __asm__("vpbroadcastd %1, %0" : "=v"(v) : "m"(*p));
+  return v;
+#elif defined(UMA_ISA_AVX2)
+  vi v;
+  __asm__("vpbroadcastd %1, %0" : "=x"(v) : "m"(*p));
+  return v;
+#else
+  return *p - vi{};
+#endif
+}
 
 static UMA_INLINE vi load_pairs(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
 static UMA_INLINE void store_pairs(int32_t* p, vi v) { *reinterpret_cast<viu*>(p) = v; }
@@ -96,7 +112,6 @@ struct NearStep {
   int64_t block_bytes;
   const int32_t* unpacked;  // the panel's pairs, [pairs of all blocks][32]; null: they are taken from `panel`
   int64_t blocks;
-  int pairs;                // of a block
   bool mins;
   bool add;                 // `out` holds the sum of the blocks before these
   int column;               // of the panel, where the tile begins
@@ -109,8 +124,8 @@ static __attribute__((noinline, unused)) void copy_columns(const float* from, fl
   for (int64_t j = 0; j < count; ++j) to[j] = from[j];
 }
 
-// kBits 0: the weight's pairs are unpacked already.
-template <bool kVnni, int kBits, int kRows, int kV>
+// kBits 0: the weight's pairs are unpacked already. kSize: the block's.
+template <bool kVnni, int kBits, int kSize, int kRows, int kV>
 static void near_tile(const NearStep& step) {
   vf sums[kRows][kV] = {};
   if (step.add) {
@@ -129,40 +144,38 @@ static void near_tile(const NearStep& step) {
   for (int64_t block = 0; block < step.blocks; ++block) {
     if (kBits != 0 && step.column == 0) prefetch_ahead(panel, step.block_bytes);
     vi dots[kRows][kV] = {};
-    const uint8_t* quants = panel + head;
-    const int32_t* value = x;
-    for (int pair = 0; pair < step.pairs; pair += kTurn) {
-      UMA_UNROLL for (int i = 0; i < kTurn; ++i) {
-        vi weight[kV];
-        UMA_UNROLL for (int v = 0; v < kV; ++v) {
-          if constexpr (kBits == 0) {
-            weight[v] = load_pairs(unpacked + v * kLanes);
-          } else {
-            weight[v] = quant_pairs<kBits>(quants, step.column + v * kLanes);
-          }
+    UMA_UNROLL for (int pair = 0; pair < kSize / 2; ++pair) {
+      vi weight[kV];
+      UMA_UNROLL for (int v = 0; v < kV; ++v) {
+        if constexpr (kBits == 0) {
+          weight[v] = load_pairs(unpacked + pair * kPanel + v * kLanes);
+        } else {
+          weight[v] = quant_pairs<kBits>(panel + head + pair * (2 * kPanel * kBits / 8), step.column + v * kLanes);
         }
-        UMA_UNROLL for (int r = 0; r < kRows; ++r) {
-          const vi pairs = value[r * kPairs] - vi{};
-          UMA_UNROLL for (int v = 0; v < kV; ++v) dots[r][v] = dot_pairs<kVnni>(dots[r][v], weight[v], pairs);
-        }
-        unpacked += kPanel;
-        quants += 2 * kPanel * kBits / 8;
-        ++value;
+      }
+      UMA_UNROLL for (int r = 0; r < kRows; ++r) {
+        const vi pairs = splat_lane(x + r * kPairs + pair);
+        UMA_UNROLL for (int v = 0; v < kV; ++v) dots[r][v] = dot_pairs<kVnni>(dots[r][v], weight[v], pairs);
       }
     }
     const float* parameters = reinterpret_cast<const float*>(panel) + step.column;
-    UMA_UNROLL for (int v = 0; v < kV; ++v) {
-      const vf scale = load(parameters + v * kLanes);
-      UMA_UNROLL for (int r = 0; r < kRows; ++r) sums[r][v] += to_float(dots[r][v]) * (splat(x_scales[r]) * scale);
-    }
-    if (step.mins) {
+    // Two copies, as a sum should be fetched and put back once. The empty asm keeps what they share from being computed
+    // before the branch, where it would push sums out of the registers.
+    const auto fold = [&](auto mins) __attribute__((always_inline)) {
+      __asm__ volatile("" ::: "memory");
       UMA_UNROLL for (int v = 0; v < kV; ++v) {
-        const vf min = load(parameters + kPanel + v * kLanes);
-        UMA_UNROLL for (int r = 0; r < kRows; ++r) sums[r][v] += splat(x_scales[kRows + r]) * min;
+        const vf scale = load(parameters + v * kLanes);
+        UMA_UNROLL for (int r = 0; r < kRows; ++r) {
+          vf sum = sums[r][v] + to_float(dots[r][v]) * (splat(x_scales[r]) * scale);
+          if constexpr (decltype(mins)::value) sum += splat(x_scales[kRows + r]) * load(parameters + kPanel + v * kLanes);
+          sums[r][v] = sum;
+        }
       }
-    }
+    };
+    step.mins ? fold(std::true_type()) : fold(std::false_type());
     x += kRows * kPairs;
     x_scales += 2 * kRows;
+    unpacked += kSize / 2 * kPanel;
     panel += step.block_bytes;
   }
   UMA_UNROLL for (int r = 0; r < kRows; ++r)

@@ -229,10 +229,12 @@ def set_num_threads(n: int) -> None:
     """Threads for kernels called from the calling thread.
 
     With compiled kernels torch itself gets one: it only moves small things between them, and its OpenMP workers would
-    spin for milliseconds after each of its calls on a CPU that our pool needs.
+    spin for milliseconds after each of its calls on a CPU that our pool needs. Memory that tensors free stays with the
+    process (csrc/bindings/runtime.cpp).
     """
     import torch
 
     torch.set_num_threads(1 if choose("linear") == "cpp" else n)
     if C is not None:
         C.set_num_threads(n)
+        C.keep_freed_memory()

@@ -22,8 +22,17 @@ from tests.tiny import make_tiny_adapter, make_tiny_model
 from uma_engine import Engine
 from uma_engine.catalog import open_model
 from uma_engine.cli.main import main
-from uma_engine.errors import AdapterError, CorruptFile, EngineUnavailable, InvalidRequest, MissingPackage, TooLarge
-from uma_engine.errors import UnknownModel as NoSuchModel
+from uma_engine.errors import (
+    AdapterError,
+    CorruptFile,
+    EngineUnavailable,
+    InvalidRequest,
+    MissingPackage,
+    ModelOverflow,
+    TooLarge,
+    UmaError,
+    UnknownModel,
+)
 from uma_engine.onnx import OnnxScorer, export_onnx
 from uma_kernels.testing import assert_ranking, assert_reduction
 
@@ -140,11 +149,19 @@ def test_bad_calls_are_refused_in_words(tiny: dict[str, Path], tmp_path: Path) -
         scorer.score([3] * 700, [[4]], [5])
     with pytest.raises(InvalidRequest, match="`device` is `tpu`"):
         OnnxScorer(tiny["graph"], device="tpu")
-    with pytest.raises(NoSuchModel, match="there is no file"):
+    with pytest.raises(UnknownModel, match="there is no file"):
         OnnxScorer(tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(CorruptFile, match="cannot open"):
         OnnxScorer(tmp_path)
+
+
+def test_an_overflow_is_an_error(tmp_path: Path) -> None:
+    """An adapter whose weights are finite but whose products are not."""
+    model, adapter = make_tiny_model(tmp_path / "model"), make_tiny_adapter(tmp_path / "adapter", scale=1e30)
+    scorer = OnnxScorer(export_onnx(open_model(model), tmp_path / "graph", adapter=adapter), num_threads=1)
+    with pytest.raises(ModelOverflow, match="the logits of item 0 are not finite"):
+        scorer.score([3, 4], [[5, 6]], [7, 8])
 
 
 def test_a_device_that_the_runtime_lacks_is_named(tiny: dict[str, Path]) -> None:
@@ -164,6 +181,9 @@ def test_an_export_is_all_or_nothing(tiny: dict[str, Path], tmp_path: Path, caps
     with pytest.raises(InvalidRequest, match="`max_model_len` is 9000"):
         export_onnx(files, target, max_model_len=9000)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UmaError, match="cannot be written"):
+        export_onnx(files, tmp_path / "file/graph")
     assert main(["export", str(tiny["model"]), "--onnx", str(tiny["graph"])]) == 2
     assert "is not an empty directory" in capsys.readouterr().err
 

@@ -24,7 +24,7 @@ import torch
 from uma_engine.adapters import LoadedAdapter, load_adapter
 from uma_engine.adapters.loader import MAX_RANK
 from uma_engine.catalog.model_files import ModelFiles
-from uma_engine.errors import InvalidRequest, UnsupportedModel
+from uma_engine.errors import InvalidRequest, UmaError, UnsupportedModel
 from uma_engine.layers.attention import Attention
 from uma_engine.layers.block import Block
 from uma_engine.layers.linear import Linear, MergedLinear, Site
@@ -59,7 +59,7 @@ def export_onnx(
     rounded once. `max_model_len` bounds prompts, as in the engine. All or nothing: the directory appears when it is whole.
 
     Errors:  InvalidRequest when the directory exists and is not empty, or for another `max_model_len`; MissingPackage
-             without `onnx`; as `load_model` and `load_adapter`
+             without `onnx`; UmaError when the disk is full; as `load_model` and `load_adapter`
     """
     target = Path(directory).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -70,13 +70,11 @@ def export_onnx(
         raise InvalidRequest(
             f"`max_model_len` is {length} but the model was made for 1 to {limit} positions", param="max_model_len"
         )
+    scratch: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
         scratch.chmod(0o755)
-    except OSError as error:
-        raise InvalidRequest(f"`{target.parent}` cannot be written: {error.strerror}", param="onnx") from None
-    try:
         # The reference back end's packed weights and adapters are plain tensors.
         with contextlib.closing(GraphWriter(scratch)) as graph, use_backend("reference"):
             model = load_model(files, max_positions=length, progress=progress)
@@ -84,8 +82,11 @@ def export_onnx(
             _Exporter(model, {} if loaded is None else loaded.packed, graph).run()
             graph.save(_metadata(files, model, loaded))
         scratch.replace(target)
+    except OSError as error:  # a full disk, a parent that is no directory
+        raise UmaError(f"`{target}` cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from uma_engine.errors import CorruptFile, InvalidRequest, TooLarge
+from uma_engine.errors import CorruptFile, InvalidRequest, ModelOverflow, TooLarge
 from uma_engine.onnx.graph import GRAPH
 from uma_engine.onnx.session import runtime_session
 
@@ -60,7 +60,7 @@ class OnnxScorer:
         """Logits of the labels after prefix + item, for each item in input order: [N, L] fp32.
 
         Errors:  InvalidRequest for an empty item, no label or an id outside the vocabulary; TooLarge when prefix and item
-                 together exceed the length that the graph was written for
+                 together exceed the length that the graph was written for; ModelOverflow for logits that are not finite
         """
         ids = [np.asarray(item, np.int64) for item in items]
         self._check(np.asarray(prefix, np.int64), ids, np.asarray(label_ids, np.int64))
@@ -74,6 +74,10 @@ class OnnxScorer:
         for batch in self._batches([len(item) for item in ids]):
             (out,) = self._run([ids[i] for i in batch], labels, past, ["label_logits"])
             logits[batch] = out.numpy()
+        if len(bad := np.flatnonzero(~np.isfinite(logits).all(axis=1))):
+            raise ModelOverflow(
+                f"the logits of item {bad[0]} are not finite", hint="the weights or the adapter are too large"
+            )
         return logits
 
     def rank(

@@ -16,6 +16,7 @@ __all__ = [
     "EngineUnavailable",
     "InvalidRequest",
     "InvariantViolation",
+    "MissingPackage",
     "ModelOverflow",
     "Overloaded",
     "RequestCancelled",
@@ -121,6 +122,10 @@ class EngineUnavailable(UmaError):
     """The engine is closed, closing, or its step loop died."""
 
     status = 503
+
+
+class MissingPackage(EngineUnavailable):
+    """An optional package that this call needs is not installed; the hint names the extra that brings it."""
 
 
 class DownloadError(EngineUnavailable):

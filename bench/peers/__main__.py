@@ -38,6 +38,7 @@ SAME, ROUNDED = 0.01, 4.0  # fp32 engines agree to 0.01 of a logit margin; 8-bit
 CONTESTS = (
     Contest("transformers", "fp32", "transformers fp32", "near", SAME),
     Contest("onnxruntime", "fp32", "ONNX Runtime fp32", "near", SAME),
+    Contest("uma", "onnx", "ONNX Runtime fp32, our exported graph", "near", SAME, ("rank", "prefill")),
     Contest("onnxruntime", "int8", "ONNX Runtime dynamic int8", "fast", ROUNDED),
     Contest("llama_cpp", "file", "llama.cpp, the file's own 4 bits", "fast", ROUNDED),
     Contest("llama_cpp", "q4_0", "llama.cpp Q4_0 (requantised)", "fast", ROUNDED),
@@ -111,7 +112,7 @@ def run_contest(contest: Contest, reference: Reference, settings: dict[str, Any]
         row |= {"version": ours.version, "peer_version": theirs.version, "threads": args.threads, "model": args.model}
         errors = row["max_score_error"], row["peer_max_score_error"]
         print(
-            f"{contest.label:34} {row['task']:10} ours ({contest.ours}) {row['value']:8.2f}  theirs {row['peer_value']:8.2f}"
+            f"{contest.label:38} {row['task']:10} ours ({contest.ours}) {row['value']:8.2f}  theirs {row['peer_value']:8.2f}"
             f" {row['unit']:13} ratio {row['ratio']:.2f} ({row['ratio_p20']:.2f}..{row['ratio_p80']:.2f})"
             f"  RSS {memory[0]:.0f} / {memory[1]:.0f} MiB"
             + (f"  score errors {errors[0]:.4f} / {errors[1]:.4f}" if errors[0] is not None else ""),

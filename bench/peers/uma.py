@@ -1,9 +1,10 @@
-"""This engine as a contestant."""
+"""This engine as a contestant, and (variant `onnx`) its exported graph on ONNX Runtime in this very environment."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 REQUIREMENTS: tuple[str, ...] = ()
@@ -11,6 +12,8 @@ BUILD: dict[str, str] = {}
 
 
 def start(variant: str, settings: dict[str, Any], w: dict[str, Any]) -> tuple[dict[str, Callable[[int], Any]], str]:
+    if variant == "onnx":
+        return start_graph(settings, w)
     from uma_engine import Engine, SamplingParams, __version__
 
     options: dict[str, Any] = {"num_threads": settings["threads"], "precision": variant, "enable_prefix_cache": False}
@@ -50,3 +53,23 @@ def start(variant: str, settings: dict[str, Any], w: dict[str, Any]) -> tuple[di
 
     tasks = {"rank": rank, "rank_lora": rank_lora, "prefill": prefill, "decode_1": decode(1), "decode_16": decode(16)}
     return tasks, f"uma-engine {__version__} {engine.stack_info().backend}"
+
+
+def start_graph(settings: dict[str, Any], w: dict[str, Any]) -> tuple[dict[str, Callable[[int], Any]], str]:
+    import onnxruntime
+
+    from uma_engine.catalog import open_model
+    from uma_engine.onnx import OnnxScorer, export_onnx
+
+    graph = Path(settings["work"]) / "onnx"
+    if not graph.exists():
+        export_onnx(open_model(settings["gguf"]), graph)
+    scorer = OnnxScorer(graph, num_threads=settings["threads"])
+    tails = [c + w["suffix"] for c in w["candidates"]]
+
+    def margins(prefix: list[int], items: list[list[int]]) -> list[float]:
+        logits = scorer.score(prefix, items, (w["yes"], w["no"]))
+        return (logits[:, 0] - logits[:, 1]).tolist()
+
+    tasks = {"rank": lambda n: margins(w["prefix"], tails[:n]), "prefill": lambda n: margins([], w["flat"][:n])}
+    return tasks, f"onnxruntime {onnxruntime.__version__}"

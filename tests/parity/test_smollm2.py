@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path as FilePath
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from bench.peer_models import transformers_model
 from uma_engine.catalog import open_model, resolve
 from uma_engine.catalog.model_files import ModelFiles
 from uma_engine.models import load_model
+from uma_engine.onnx import OnnxScorer, export_onnx
 
 NUM_TOKENS = 60
 
@@ -45,3 +47,13 @@ def test_smollm2_matches_transformers_on_its_dequantised_weights(
     parts = [run_logits(model, cache, [Chunk(path, prompt[a:b])]) for a, b in ((0, 23), (23, 56))]
     parts += [run_logits(model, cache, [Chunk(path, [token])], num_decodes=1) for token in prompt[56:]]
     truth.assert_matches(torch.cat(parts))
+
+
+@pytest.mark.weights
+def test_smollm2_on_onnx_runtime_matches_too(
+    files: ModelFiles, truth: Truth, prompt: list[int], tmp_path: FilePath
+) -> None:
+    """As a job of 41 tokens and a candidate, beside another candidate."""
+    scorer = OnnxScorer(export_onnx(files, tmp_path / "graph"))
+    logits = scorer.score(prompt[:41], [prompt[:30], prompt[41:]], range(scorer.vocab_size))
+    truth.assert_matches(torch.from_numpy(logits[1:]), slice(-1, None))

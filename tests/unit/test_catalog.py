@@ -24,16 +24,17 @@ def test_the_catalog_lists_every_model_with_its_pins():
     assert [entry.name for entry in entries] == NAMES
     assert DEFAULT_MODEL in NAMES
     for entry in entries:
-        assert re.fullmatch(r"[0-9a-f]{64}", entry.file.sha256), entry.name
         assert entry.licence
         assert entry.description
-        for source in entry.file.sources:
-            if isinstance(source, PackageSource):
-                assert sum(part.member_size for part in source.parts) == entry.size
-                assert len({part.wheel for part in source.parts}) == len(source.parts)
-                assert all(re.fullmatch(r"[0-9a-f]{64}", part.wheel_sha256) for part in source.parts)
-            else:
-                assert source.revision
+        for pinned in [entry.file] + ([entry.tokenizer] if entry.tokenizer else []):
+            assert re.fullmatch(r"[0-9a-f]{64}", pinned.sha256), entry.name
+            for source in pinned.sources:
+                if isinstance(source, PackageSource):
+                    assert sum(part.member_size for part in source.parts) == pinned.size
+                    assert len({part.wheel for part in source.parts}) == len(source.parts)
+                    assert all(re.fullmatch(r"[0-9a-f]{64}", part.wheel_sha256) for part in source.parts)
+                else:
+                    assert source.revision
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):

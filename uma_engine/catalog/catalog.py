@@ -35,6 +35,7 @@ class CatalogEntry:
     licence: str
     kind: str  # "language" or "embedding"
     file: PinnedFile
+    tokenizer: PinnedFile | None = None  # where the file does not hold one
 
     @property
     def size(self) -> int:
@@ -48,7 +49,9 @@ class CatalogEntry:
 
     @property
     def cached(self) -> bool:
-        return self.path.is_file() and self.path.stat().st_size == self.file.size
+        files = [self.file] if self.tokenizer is None else [self.file, self.tokenizer]
+        paths = [(_models_dir() / file.filename, file.size) for file in files]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
 
 def _models_dir() -> Path:
@@ -62,14 +65,18 @@ def _entries() -> dict[str, CatalogEntry]:
 
 
 def _entry(name: str, table: dict[str, Any]) -> CatalogEntry:
+    tokenizer = _pinned(table["tokenizer"]) if "tokenizer" in table else None
+    return CatalogEntry(name, table["description"], table["licence"], table["kind"], _pinned(table), tokenizer)
+
+
+def _pinned(table: dict[str, Any]) -> PinnedFile:
     sources: list[PackageSource | HubSource] = []
     for source in table["sources"]:
         if source["kind"] == "package":
             sources.append(PackageSource(tuple(PackagePart(**part) for part in source["parts"])))
         else:
             sources.append(HubSource(source["repo"], source["filename"], source["revision"]))
-    pinned = PinnedFile(table["file"], table["size"], table["sha256"], tuple(sources))
-    return CatalogEntry(name, table["description"], table["licence"], table["kind"], pinned)
+    return PinnedFile(table["file"], table["size"], table["sha256"], tuple(sources))
 
 
 def list_models() -> list[CatalogEntry]:
@@ -82,11 +89,14 @@ def resolve(model: str | Path, progress: Progress | None = None) -> Path:
 
     Semantics:  a Path is taken as it is. A string is a catalog name, an existing path, or a hub id: `org/name` for
                 safetensors, `org/name/file.gguf` for one GGUF file. `progress(bytes_done, bytes_total, label)` is
-                called while a catalog file is fetched.
+                called while a catalog file is fetched. A tokenizer that is a file of its own is put beside the model's.
     Errors:     UnknownModel, with near names, when it is none of these; DownloadError when it cannot be fetched
     """
     if isinstance(model, str) and model in _entries():
-        return ensure_file(_entries()[model].file, _models_dir(), progress)
+        entry = _entries()[model]
+        if entry.tokenizer is not None:
+            ensure_file(entry.tokenizer, _models_dir(), progress)
+        return ensure_file(entry.file, _models_dir(), progress)
     try:
         if str(model) and (path := Path(model).expanduser()).exists():
             return path

@@ -127,6 +127,26 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(bench)
     bench.set_defaults(run=_lazy("bench"))
 
+    export = commands.add_parser("export", help="write a model as an ONNX graph that gives label logits")
+    export.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        metavar="ID|PATH",
+        help=f"catalog name, hub id or path (default: {DEFAULT_MODEL})",
+    )
+    export.add_argument(
+        "--onnx", required=True, metavar="DIR", help="the new directory to write: graph and fp32 weights"
+    )
+    export.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format, merged into the weights")
+    export.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="longest prompt in tokens (default: the model's own, at most 8192)",
+    )
+    export.set_defaults(run=_lazy("export"))
+
     models = commands.add_parser("models", help="list the models known by name")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
     models.add_argument("--fetch", metavar="NAME", help="fetch a model's files into the cache")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.ceiling import KINDS
 from bench.charts import Bar, bar_chart
 from bench.rows import RESULTS, ROOT
 
@@ -127,9 +128,62 @@ def accuracy_section(rows: Sequence[Row]) -> str:
     return f"{table(header, body)}\n\nMargins of label logits against `exact` (fp32 activations, same weights). {source(chosen)}\n"
 
 
+def ceilings_section(rows: Sequence[Row]) -> str:
+    row = newest(rows, lambda r: r["device"])[-1]
+    kinds = [name.removesuffix("_1") for name in row if name.endswith("_1")]
+    body = [(KINDS[kind], row[f"{kind}_1"], row[f"{kind}_{row['threads']}"]) for kind in kinds if row[f"{kind}_1"]]
+    return f"{table(('what', '1 thread', '{} threads'.format(row['threads'])), body)}\n\n{source([row])}\n"
+
+
+def ops_section(rows: Sequence[Row]) -> str:
+    parts = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        chosen = newest(
+            [r for r in rows if r["op"] == op], lambda r: (r["case"], r["dtype"], r.get("threads"), r.get("peer"))
+        )
+        body = [
+            (
+                row["case"], row["dtype"], row.get("threads", ""), f"{row['p50_ms']:.3f}", f"{row['gflop_s']:.0f}",
+                f"{row['pct_peak']:.0f} % of {row['peak']}" if "peak" in row else "", f"{row.get('pct_read', 0):.0f} %",
+                f"{row['ratio']:.2f} x {row['peer']}",
+            )
+            for row in chosen
+        ]  # fmt: skip
+        header = ("case", "type", "threads", "ms", "GFLOP/s", "of its ceiling", "of read bandwidth", "against")
+        parts.append(f"### {op}\n\n{table(header, body)}\n\n{source(chosen)}\n")
+    return "\n".join(parts)
+
+
+def threads_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: r["case"])
+    body = [
+        (r["case"], f"{r['ratio']:.2f} ({r['ratio_p20']:.2f}..{r['ratio_p80']:.2f})", f"{r['machine_ratio']:.2f}")
+        for r in chosen
+    ]
+    return f"{table(('case', 'all threads over one', 'the machine itself'), body)}\n\n{source(chosen)}\n"
+
+
+def growth_section(rows: Sequence[Row]) -> str:
+    parts = []
+    for row in newest(rows, lambda r: r["case"]):
+        if "seconds" in row:
+            body = [(n, f"{t:.2f}", f"{1e3 * t / int(n):.2f}") for n, t in row["seconds"].items()]
+            parts.append(f"{row['case']}:\n\n{table(('candidates', 'seconds', 'ms each'), body)}\n")
+        else:
+            parts.append(
+                f"{row['case']}: short ones {row['short_s']:.2f} s, the long one alone {row['long_alone_s']:.2f} s,"
+                f" together {row['together_s']:.2f} s.\n"
+            )
+    return "\n".join(parts)
+
+
 SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("peers", "Against other engines, CPU", peers_section),
     ("accuracy", "What a precision costs in accuracy", accuracy_section),
+    ("ceiling", "What the machine can do at most", ceilings_section),
+    ("ops", "Single ops beside their ceilings", ops_section),
+    ("threads", "A second thread", threads_section),
+    ("growth", "How cost grows", growth_section),
 )
 
 

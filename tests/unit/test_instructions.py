@@ -1,4 +1,4 @@
-"""The count of instructions: what is read from valgrind's file, when a figure has grown, and that a rank has not."""
+"""The count of instructions: what is read from valgrind's file, and when a figure has grown. `make instructions` counts."""
 
 from __future__ import annotations
 
@@ -97,17 +97,3 @@ def test_the_last_row_of_a_precision_is_the_kept_one(tmp_path: Path) -> None:
         '{"precision": "near", "kernels": 1}\n{"precision": "fast", "kernels": 2}\n{"precision": "near", "kernels": 3}\n'
     )
     assert {name: row["kernels"] for name, row in instructions.kept(path).items()} == {"near": 3, "fast": 2}
-
-
-@pytest.mark.slow
-def test_a_rank_takes_no_more_instructions_than_it_did() -> None:
-    try:
-        instructions.require()
-    except instructions.Unavailable as reason:
-        pytest.skip(str(reason))
-    if not instructions.kept():
-        pytest.skip("no figure is kept")
-    grown, other = instructions.compare(instructions.measure(), instructions.kept())
-    assert not grown, "\n".join(grown)
-    if other:
-        pytest.skip("; ".join(other))

@@ -138,7 +138,7 @@ def adapter_config(rank: int) -> Mapping[str, Any]:
     }
 
 
-def make_tiny_gguf(path: Path, quantised: str = "Q4_1", *, hidden: int = 256, mlp: int = 512, layers: int = 2) -> Path:
+def make_tiny_gguf(path: Path, quantised: str = "Q4_1", *, hidden: int = 128, mlp: int = 256, layers: int = 2) -> Path:
     """Write a Llama with random quantised weights, heads of 64 and the tiny tokenizer to the file `path` and return it."""
     import gguf
     import numpy as np

@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/uma/*.h) setup.py pyp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rank test test-gpu-kernels test-fast check lint format types imports sanitize bench bench-peers report build clean doctor
+.PHONY: help rank test test-gpu-kernels test-fast check lint format types imports sanitize fuzz instructions bench bench-peers report build clean doctor
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -68,6 +68,13 @@ imports: $(VENV)/.dev-installed
 
 sanitize: $(VENV)/.dev-installed  ## the C++ ops under AddressSanitizer and UndefinedBehaviorSanitizer
 	bash tests/sanitize.sh $(BIN)/python
+
+fuzz: $(VENV)/.dev-installed  ## 10,000 random cases of the C++ ops on each instruction set (FUZZ="--seed 7" draws others)
+	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+# New figures are kept with `python -m bench.instructions`.
+instructions: $(VENV)/.dev-installed  ## instructions of a rank, counted by valgrind, against the figures kept last
+	$(BIN)/python -m bench.instructions --check
 
 bench-peers: $(VENV)/.dev-installed  ## this engine and others in turns (installs them under .peers/), then docs/benchmarks.md
 	$(BIN)/python -m bench.peers

@@ -39,6 +39,8 @@ const char* isa_name(Isa isa) {
 bool isa_available(Isa isa) {
 #ifdef UMA_HAVE_AVX2
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
+#ifdef UMA_HAVE_AVX512
   if (isa == Isa::avx512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && isa_available(Isa::avx2);

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 __all__ = [
+    "assert_best",
     "assert_exact",
     "assert_fast",
     "assert_invariant",
@@ -54,24 +55,38 @@ def assert_invariant(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert_exact(actual, expected)
 
 
-def reduction_bound(torch_result: torch.Tensor, true: torch.Tensor, dtype: torch.dtype = torch.float32) -> float:
-    """The largest absolute error REDUCTION allows: twice torch's own, or the floor of the dtype times the magnitude."""
+def reduction_bound(
+    torch_result: torch.Tensor,
+    true: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    terms: torch.Tensor | None = None,
+) -> float:
+    """The largest absolute error REDUCTION allows: twice torch's own, or the floor of the dtype times the magnitude.
+
+    Of few results, all may be small because what they add up cancels, and torch's own error small by chance: `terms`, the sums
+    of the magnitudes of what was added, is then what rounding errors are measured by.
+    """
     if true.numel() == 0:
         return 0.0
     own = (torch_result.double() - true.double()).abs().max().item()
-    return max(2.0 * own, FLOOR[dtype] * true.double().abs().max().item())
+    return max(2.0 * own, FLOOR[dtype] * (true if terms is None else terms).double().abs().max().item())
 
 
 def assert_reduction(
-    actual: torch.Tensor, torch_result: torch.Tensor, true: torch.Tensor, dtype: torch.dtype = torch.float32
+    actual: torch.Tensor,
+    torch_result: torch.Tensor,
+    true: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    terms: torch.Tensor | None = None,
 ) -> None:
-    """`actual` is as near to the fp64 result `true` as REDUCTION asks, given torch's own result in `dtype`."""
+    """`actual` is as near to the fp64 result `true` as REDUCTION asks, given torch's own result in `dtype`; `terms`: see
+    `reduction_bound`."""
     assert actual.shape == true.shape, f"shape {list(actual.shape)} is not {list(true.shape)}"
     if true.numel() == 0:
         return
     assert torch.isfinite(actual).all(), "a result is not finite"
     error = (actual.double() - true.double()).abs().max().item()
-    bound = reduction_bound(torch_result, true, dtype)
+    bound = reduction_bound(torch_result, true, dtype, terms)
     assert error <= bound, f"max error {error:.3e} exceeds {bound:.3e}"
 
 
@@ -99,8 +114,11 @@ def assert_fast(actual: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, blo
     steps = torch.where(outlier, top[:, :, 1], top[:, :, 0]) / FAST_LEVELS
     energy = weight.double().square().reshape(len(weight), -1, block).sum(dim=-1)
     bound = FAST_DEVIATIONS * (steps.square() @ energy.T / 12).sqrt() + FLOOR[torch.float32] * true.abs().max()
-    excess = ((actual.double() - true).abs() / bound).max().item()
-    assert excess <= 1.0, f"an error is {excess:.2f} times what FAST allows"
+    error = (actual.double() - true).abs()
+    # Not the quotient: where all weights are 0 nothing is allowed, and nothing is wrong.
+    assert bool((error <= bound).all()), (
+        f"an error is {(error / bound).nan_to_num().max().item():.2f} times what FAST allows"
+    )
 
 
 def assert_ranking(scores: Sequence[float], true: Sequence[float], floor: float) -> None:
@@ -111,6 +129,33 @@ def assert_ranking(scores: Sequence[float], true: Sequence[float], floor: float)
     order = sorted(range(len(true)), key=lambda i: -scores[i])
     for left, right in itertools.pairwise(order):
         assert true[left] >= true[right] - floor, f"candidates {left} and {right} changed places"
+
+
+def assert_best(
+    scores: torch.Tensor, indices: torch.Tensor, true: torch.Tensor, allowed: torch.Tensor, k: int, error: float
+) -> None:
+    """RANKING for a part of the order: the k best of true scores [Q, N] among the rows `allowed` [N]: scores within `error`,
+    in order, equal ones by index, and no row left out that is better by more; -1 and -inf where there are fewer."""
+    assert scores.shape == indices.shape == (true.shape[0], k)
+    assert scores.dtype is torch.float32
+    assert indices.dtype is torch.int64
+    kept = min(k, int(allowed.sum()))
+    assert bool((indices[:, kept:] == -1).all())
+    assert bool(scores[:, kept:].isneginf().all())
+    for q in range(true.shape[0]):
+        found, values = indices[q, :kept], scores[q, :kept]
+        assert bool((found >= 0).all()), "a row is missing"
+        assert bool(allowed[found].all()), "a row that the filter excludes"
+        assert found.unique().numel() == kept, "a row appears twice"
+        assert bool((values.diff() <= 0).all())
+        equal = values.diff() == 0
+        assert bool((found.diff()[equal] > 0).all()), "equal scores, indices out of order"
+        if kept:
+            assert float((true[q, found] - values).abs().max()) <= error
+            rest = allowed.clone()
+            rest[found] = False
+            if rest.any():
+                assert float(true[q, rest].max()) <= float(values[-1]) + 2 * error
 
 
 @contextlib.contextmanager

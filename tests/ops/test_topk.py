@@ -11,7 +11,7 @@ import torch
 from tests.conftest import BACKENDS
 from uma_kernels import dispatch
 from uma_kernels.check import ShapeError
-from uma_kernels.testing import FLOOR, NEAR, assert_exact, assert_invariant, reduction_bound
+from uma_kernels.testing import FLOOR, NEAR, assert_best, assert_exact, assert_invariant, reduction_bound
 from uma_kernels.topk import FORMATS, MOST_K, Corpus, pack_corpus, pack_filter, topk
 from uma_kernels.topk.cases import CASES, LARGE_CASES, TopkCase
 
@@ -44,32 +44,6 @@ def bound(queries: torch.Tensor, corpus: Corpus, true: torch.Tensor) -> float:
     if name == "cpp" and corpus.format == "int8":
         return NEAR * largest
     return max(reduction_bound(queries @ corpus.rows().T, true), FLOOR[torch.float32] * largest)
-
-
-def assert_best(
-    scores: torch.Tensor, indices: torch.Tensor, true: torch.Tensor, allowed: torch.Tensor, k: int, error: float
-) -> None:
-    """RANKING for a part of the order: scores within `error`, in order, and no row left out that is better by more."""
-    assert scores.shape == indices.shape == (true.shape[0], k)
-    assert scores.dtype is torch.float32
-    assert indices.dtype is torch.int64
-    kept = min(k, int(allowed.sum()))
-    assert bool((indices[:, kept:] == -1).all())
-    assert bool(scores[:, kept:].isneginf().all())
-    for q in range(true.shape[0]):
-        found, values = indices[q, :kept], scores[q, :kept]
-        assert bool((found >= 0).all()), "a row is missing"
-        assert bool(allowed[found].all()), "a row that the filter excludes"
-        assert found.unique().numel() == kept, "a row appears twice"
-        assert bool((values.diff() <= 0).all())
-        equal = values.diff() == 0
-        assert bool((found.diff()[equal] > 0).all()), "equal scores, indices out of order"
-        if kept:
-            assert float((true[q, found] - values).abs().max()) <= error
-            rest = allowed.clone()
-            rest[found] = False
-            if rest.any():
-                assert float(true[q, rest].max()) <= float(values[-1]) + 2 * error
 
 
 def check_case(case: TopkCase, format: str, share: float | None) -> None:

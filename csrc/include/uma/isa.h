@@ -19,7 +19,7 @@ void set_vnni(bool enabled);    // for tests and benches
 // Each op declares its table of functions once per namespace; UMA_SELECT picks the active one.
 //   namespace uma { UMA_DECLARE_PER_ISA(const ActivationOps& activation_ops();) }
 //   ... UMA_SELECT(activation_ops)().swiglu(...)
-#ifdef UMA_HAVE_AVX2
+#if defined(UMA_HAVE_AVX512)
 #define UMA_DECLARE_PER_ISA(...)      \
   namespace portable { __VA_ARGS__ }  \
   namespace avx2 { __VA_ARGS__ }      \
@@ -28,6 +28,11 @@ void set_vnni(bool enabled);    // for tests and benches
   (uma::active_isa() == uma::Isa::avx512 ? uma::avx512::fn    \
    : uma::active_isa() == uma::Isa::avx2 ? uma::avx2::fn      \
                                          : uma::portable::fn)
+#elif defined(UMA_HAVE_AVX2)
+#define UMA_DECLARE_PER_ISA(...)      \
+  namespace portable { __VA_ARGS__ }  \
+  namespace avx2 { __VA_ARGS__ }
+#define UMA_SELECT(fn) (uma::active_isa() == uma::Isa::avx2 ? uma::avx2::fn : uma::portable::fn)
 #else
 #define UMA_DECLARE_PER_ISA(...) namespace portable { __VA_ARGS__ }
 #define UMA_SELECT(fn) uma::portable::fn

@@ -19,6 +19,7 @@ __all__ = [
     "ModelOverflow",
     "Overloaded",
     "RequestCancelled",
+    "SurfaceError",
     "TooLarge",
     "UmaError",
     "UnknownAdapter",
@@ -68,6 +69,10 @@ class AdapterError(InvalidRequest):
 
 class CorruptFile(InvalidRequest):
     """A weight or tokenizer file that is truncated, damaged or lies about its own sizes."""
+
+
+class SurfaceError(InvalidRequest):
+    """A surface (the declaration of factors, weights and ties) or a calibration that is not what it must be."""
 
 
 class UnsupportedModel(InvalidRequest):

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from uma_engine.core import AdapterRef, Candidate, SamplingParams
 from uma_engine.errors import UmaError
+from uma_engine.ranking.surface import Surface
 from uma_engine.tasks.base import EngineBase
 from uma_engine.tasks.calls import Call
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
@@ -58,6 +59,8 @@ class Engine(EngineBase):
         max_tokens_per_candidate: int | None = None,
         deadline: float | None = None,
         tenant: str = "",
+        surface: Surface | Mapping[str, Any] | str | Path | None = None,
+        job_facts: Mapping[str, Any] | None = None,
     ) -> RankAnswer:
         """Rank candidates for a job.
 
@@ -65,9 +68,12 @@ class Engine(EngineBase):
                     at the end of its prompt. Sorted by score, ties by index; `top_n` limits `results`, everyone is in
                     `all_results`. A candidate longer than `max_tokens_per_candidate` (or than the room left) is cut at the
                     end of its own text, and says so.
+        Surface:    with `surface` (a `Surface`, its plain data or its TOML file) the score is the declared aggregate of declared
+                    factors, each in the result's ledger, and the answer a `SurfaceAnswer` that shows ties. `job_facts` are
+                    the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
         Numerics:   the same bits alone, in any batch, in any order, cached or not.
-        Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), UnknownAdapter,
-                    TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
+        Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), SurfaceError,
+                    UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
         """
         return self._rank_call(
             query,
@@ -79,6 +85,8 @@ class Engine(EngineBase):
             max_tokens_per_candidate=max_tokens_per_candidate,
             deadline=deadline,
             tenant=tenant,
+            surface=surface,
+            job_facts=job_facts,
         ).wait()
 
     def score(
@@ -222,6 +230,8 @@ class AsyncEngine(EngineBase):
         max_tokens_per_candidate: int | None = None,
         deadline: float | None = None,
         tenant: str = "",
+        surface: Surface | Mapping[str, Any] | str | Path | None = None,
+        job_facts: Mapping[str, Any] | None = None,
     ) -> RankAnswer:
         """As `Engine.rank`."""
         call = await _prepared(
@@ -235,6 +245,8 @@ class AsyncEngine(EngineBase):
             max_tokens_per_candidate=max_tokens_per_candidate,
             deadline=deadline,
             tenant=tenant,
+            surface=surface,
+            job_facts=job_facts,
         )
         return await _finish(call)
 

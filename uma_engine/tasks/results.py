@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uma_engine.core import FinishReason
-from uma_engine.ranking.ledger import Factor
+from uma_engine.ranking.ledger import Factor, LedgerLine
 from uma_engine.ranking.redaction import Redaction
 
 __all__ = [
@@ -140,6 +140,7 @@ class SurfaceResult(RankResult):
     `redactions` are the spans of the candidate's text, blanks around it taken off, that no read has seen.
     """
 
+    ledger: tuple[LedgerLine, ...]
     place: int
     tied_with: int
     redactions: tuple[Redaction, ...]

@@ -14,8 +14,11 @@ from typing import Any
 
 from uma_engine.core import AdapterRef, Candidate, SamplingParams
 from uma_engine.errors import UmaError
+from uma_engine.ranking.calibration import Calibration, Method
 from uma_engine.ranking.surface import Surface
+from uma_engine.tasks.audit import Audit
 from uma_engine.tasks.base import EngineBase
+from uma_engine.tasks.calibrate import calibrate
 from uma_engine.tasks.calls import Call
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
 
@@ -38,6 +41,11 @@ class Engine(EngineBase):
     def close(self) -> None:
         """Stop the engine. Calls in flight end with EngineUnavailable. Idempotent."""
         self._stack.close()
+
+    @property
+    def audit(self) -> Audit:
+        """Audits over this engine: `counterfactual` and `paraphrase`."""
+        return Audit(self)
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
         """Load a PEFT adapter directory under `name`, replacing what had that name at once.
@@ -88,6 +96,23 @@ class Engine(EngineBase):
             surface=surface,
             job_facts=job_facts,
         ).wait()
+
+    def calibrate(
+        self,
+        surface: Surface | Mapping[str, Any] | str | Path,
+        read: str,
+        examples: Iterable[tuple[str, Candidate | str, bool]],
+        *,
+        method: Method = "temperature",
+        adapter: str | None = None,
+        save_to: str | Path | None = None,
+    ) -> Calibration:
+        """Fit the calibration of one read of a surface on judged examples: job, candidate, whether the first label is right.
+
+        Texts are redacted and cut as the surface has it. `save_to`: a file, or the adapter's directory, where
+        `calibration = true` finds it. Errors: SurfaceError, InvalidRequest for too few examples; otherwise as `rank`
+        """
+        return calibrate(self, surface, read, examples, method, adapter, save_to)
 
     def score(
         self,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
     from uma_engine.tasks.base import EngineBase
 
-__all__ = ["as_surface", "surface_call"]
+__all__ = ["as_surface", "redacted", "surface_call"]
 
 
 def as_surface(surface: Surface | Mapping[str, Any] | str | Path) -> Surface:
@@ -113,13 +113,13 @@ def surface_call(
     surface = replace(surface, reads=tuple(replace(r, adapter=r.adapter or adapter) for r in surface.reads))
     measured = [[fact.measure(person.facts, job_facts, person.id) for fact in surface.facts] for person in people]
     groups = _groups(engine, surface)
-    texts, redactions = _redacted(surface, people) if surface.reads else ([], [() for _ in people])
+    seen = [redacted(surface, person) if surface.reads else ("", ()) for person in people]
     instruction_ids, job_ids = engine._ids_of("instruction", instruction), engine._ids_of("query", query)
     limit = None
     if groups:
         limit = min(g.longest.room(instruction_ids, job_ids, engine.max_model_len) for g in groups)
         limit = min(limit, max_tokens_per_candidate) if max_tokens_per_candidate else limit
-    encoded = [stack.check_tokens(ids) for ids in tokenizer.encode_batch(texts)] if texts else []
+    encoded = [stack.check_tokens(ids) for ids in tokenizer.encode_batch([text for text, _ in seen])]
     truncated = [max(0, len(ids) - limit) for ids in encoded] if limit is not None else [0 for _ in people]
     encoded = [ids[:limit] for ids in encoded]
     tokenization_time = time.perf_counter() - began
@@ -159,7 +159,7 @@ def surface_call(
                 ledger=ledgers[i][1],
                 place=by_index[i].place,
                 tied_with=by_index[i].tied_with,
-                redactions=redactions[i],
+                redactions=seen[i][1],
             )
             for i, person in enumerate(people)
         ]
@@ -238,18 +238,13 @@ def _inert(tokenizer: Tokenizer, read: Read) -> str:
     return read.question
 
 
-def _redacted(surface: Surface, people: Sequence[Candidate]) -> tuple[list[str], list[tuple[Redaction, ...]]]:
-    texts: list[str] = []
-    spans: list[tuple[Redaction, ...]] = []
-    for person in people:
-        text = person.text.strip()
-        found: tuple[Redaction, ...] = ()
-        if surface.redact:
-            names = [str(person.facts[key]) for key in surface.name_fields if person.facts.get(key)]
-            text, found = redact(text, surface.redact, names)
-        texts.append(text)
-        spans.append(found)
-    return texts, spans
+def redacted(surface: Surface, person: Candidate) -> tuple[str, tuple[Redaction, ...]]:
+    """The candidate's text as reads see it, and what was taken out."""
+    text = person.text.strip()
+    if not surface.redact:
+        return text, ()
+    names = [str(person.facts[key]) for key in surface.name_fields if person.facts.get(key)]
+    return redact(text, surface.redact, names)
 
 
 def _calibrated(engine: EngineBase, surface: Surface, groups: Sequence[_Group]) -> Surface:

@@ -88,19 +88,25 @@ def _bullets_to_prose(text: str, rng: random.Random, _: Mapping[str, Sequence[st
 
 
 def _over_lists(text: str, change: Callable[[list[str]], list[str]]) -> str:
-    """Every run of two or more list items of one depth, changed."""
+    """Every run of two or more list items, changed. A run with items of several depths, or with lines that go on below an item,
+    is left alone: what belongs to what would be lost.
+    """
     result: list[str] = []
     run: list[str] = []
-    for line in [*text.split("\n"), ""]:
-        if _BULLET.match(line) and (not run or _indent(line) == _indent(run[0])):
+
+    def close() -> None:
+        flat = all(_BULLET.match(line) and _indent(line) == _indent(run[0]) for line in run)
+        result.extend(change(run) if len(run) > 1 and flat else run)
+        run.clear()
+
+    for line in text.split("\n"):
+        if _BULLET.match(line) or (run and line[:1].isspace() and line.strip()):
             run.append(line)
-            continue
-        nested = bool(line.strip()) and line[:1].isspace()  # belongs to the item above: that list is left alone
-        result += change(run) if len(run) > 1 and not nested else run
-        run = [line] if _BULLET.match(line) else []
-        if not run:
+        else:
+            close()
             result.append(line)
-    return "\n".join([*result, *run]).rstrip("\n")
+    close()
+    return "\n".join(result)
 
 
 def _indent(line: str) -> int:

@@ -124,7 +124,7 @@ def test_bad_surfaces_and_job_facts_are_refused_before_a_model_is_opened(
 
 
 def test_the_example_runs_and_its_script_finds_no_difference(model: str, tmp_path: Path) -> None:
-    """As `examples/README.md` has it, each in a process of its own."""
+    """As its first lines have it, each in a process of its own."""
     rank = [
         sys.executable,
         "-m",

@@ -93,8 +93,7 @@ def dress(
         elif identity.value.startswith("she"):
             text = _PRONOUNS.sub(lambda m: _swapped(m, _HE_TO_SHE), text)
         return f"Pronouns: {identity.value}\n\n{text}", facts
-    marked, spans = redact(text, ("school",))
-    del marked
+    _, spans = redact(text, ("school",))
     for span in reversed(spans):
         text = text[: span.start] + identity.value + text[span.end :]
     return f"Education: {identity.value}\n\n{text}", facts

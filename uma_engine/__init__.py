@@ -13,8 +13,19 @@ from uma_engine.core import Candidate, FinishReason, SamplingParams
 from uma_engine.errors import UmaError
 
 if TYPE_CHECKING:
+    from uma_engine.ranking.factors import Fact
+    from uma_engine.ranking.surface import Read, Surface
     from uma_engine.tasks.api import AsyncEngine, Engine
-    from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, Usage
+    from uma_engine.tasks.results import (
+        Completion,
+        CompletionChunk,
+        RankAnswer,
+        RankResult,
+        Score,
+        SurfaceAnswer,
+        SurfaceResult,
+        Usage,
+    )
 
 __all__ = [
     "AsyncEngine",
@@ -23,11 +34,16 @@ __all__ = [
     "CompletionChunk",
     "Engine",
     "EngineConfig",
+    "Fact",
     "FinishReason",
     "RankAnswer",
     "RankResult",
+    "Read",
     "SamplingParams",
     "Score",
+    "Surface",
+    "SurfaceAnswer",
+    "SurfaceResult",
     "UmaError",
     "Usage",
     "__version__",
@@ -40,7 +56,12 @@ _LAZY = {
     "CompletionChunk": "uma_engine.tasks.results",
     "RankAnswer": "uma_engine.tasks.results",
     "RankResult": "uma_engine.tasks.results",
+    "Fact": "uma_engine.ranking.factors",
+    "Read": "uma_engine.ranking.surface",
     "Score": "uma_engine.tasks.results",
+    "Surface": "uma_engine.ranking.surface",
+    "SurfaceAnswer": "uma_engine.tasks.results",
+    "SurfaceResult": "uma_engine.tasks.results",
     "Usage": "uma_engine.tasks.results",
 }
 

@@ -20,6 +20,7 @@ __all__ = [
     "ModelOverflow",
     "Overloaded",
     "RequestCancelled",
+    "SurfaceError",
     "TooLarge",
     "UmaError",
     "UnknownAdapter",
@@ -69,6 +70,10 @@ class AdapterError(InvalidRequest):
 
 class CorruptFile(InvalidRequest):
     """A weight or tokenizer file that is truncated, damaged or lies about its own sizes."""
+
+
+class SurfaceError(InvalidRequest):
+    """A surface (the declaration of factors, weights and ties) or a calibration that is not what it must be."""
 
 
 class UnsupportedModel(InvalidRequest):

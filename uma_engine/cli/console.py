@@ -10,13 +10,13 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from uma_engine.config import MAX_INT
+from uma_engine.config import MAX_INT, EngineConfig
 from uma_engine.errors import InvalidRequest, UmaError
 
 if TYPE_CHECKING:
@@ -83,11 +83,14 @@ class FetchProgress:
 
 @contextmanager
 def open_engine(
-    args: argparse.Namespace, model: str | None = None, **options: Any
+    args: argparse.Namespace,
+    model: str | None = None,
+    adapters: Mapping[str, str | Path] | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Engine, str | None]]:
-    """The engine that the command's options and `options` describe, and its adapter's name, if any.
+    """The engine that the command's options and `options` describe, and the name of `--adapter`'s adapter, if any.
 
-    What is given on the command line goes before `options`.
+    What is given on the command line goes before `options`. `adapters` are further ones, by name.
     """
     from uma_engine.tasks.api import Engine
 
@@ -96,8 +99,12 @@ def open_engine(
         options["precision"] = args.precision
     _check_threads(args.threads)
     options |= {"device": args.device, "dtype": args.dtype}
+    adapters = adapters or {}
+    num_adapters = len(adapters) + bool(args.adapter)
     if args.device != "cpu":
-        options["max_loras"] = 1 if args.adapter else 0  # a device sets memory aside for each that may come
+        options["max_loras"] = num_adapters  # a device sets memory aside for each that may come
+    elif num_adapters > EngineConfig().max_loras:
+        options["max_loras"] = num_adapters
     if args.threads is not None:
         options["num_threads"] = args.threads
     with FetchProgress() as progress:
@@ -107,6 +114,8 @@ def open_engine(
         if args.adapter:
             name = Path(args.adapter).resolve().name or ADAPTER_NAME
             engine.load_adapter(name, args.adapter)
+        for other, path in adapters.items():
+            engine.load_adapter(other, path)
         yield engine, name
 
 

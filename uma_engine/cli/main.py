@@ -85,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument("--top-n", type=int, metavar="N", help="show the best N only")
     rank.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rank.add_argument("--record", metavar="FILE", help="write the decision record, which `uma replay` recomputes")
+    rank.add_argument(
+        "--surface", metavar="FILE", help="score by the factors that this TOML file declares, and show the ledger"
+    )
+    rank.add_argument(
+        "--job-fact",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="a number of the job that the surface's facts are measured against, such as budget=60; repeatable",
+    )
     rank.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
     rank.add_argument(
         "--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)"

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from uma_engine.cli.console import console_output, open_engine, printable, write_json_line
+from uma_engine.cli.ledger import show_ledger
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
+from uma_engine.ranking.surface import Surface
 from uma_engine.tasks.candidates import read_candidates, read_job
 from uma_engine.tasks.records import check_writable, write_json
-from uma_engine.tasks.results import RankAnswer, RankResult
+from uma_engine.tasks.results import RankAnswer, RankResult, SurfaceAnswer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,12 +31,17 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     if args.job == "-" and args.candidates == "-":
         raise InvalidRequest("both JOB and CANDIDATES are `-`", hint="only one of them can come from standard input")
+    surface = Surface.load(args.surface) if args.surface else None
+    job_facts = _job_facts(args.job_fact) if surface else None
+    if args.job_fact and not surface:
+        raise InvalidRequest("`--job-fact` is given without `--surface`", hint="only a surface's facts read it")
     job = read_job(args.job)
-    candidates = read_candidates(args.candidates)
+    # A surface has numbers as facts: in the text a model could misread them, and they would count twice.
+    candidates = read_candidates(args.candidates, facts_in_text=surface is None)
     labels = [word.strip() for word in args.labels.split(",")]
     if args.record:
         check_writable(args.record)  # now, not after minutes of work
-    with open_engine(args) as (engine, adapter):
+    with open_engine(args, adapters=surface.adapters if surface else None) as (engine, adapter):
         ready = time.perf_counter()
         answer = engine.rank(
             job,
@@ -45,6 +52,8 @@ def run(args: argparse.Namespace) -> int:
             labels=labels,
             max_tokens_per_candidate=args.max_tokens_per_candidate,
             deadline=args.deadline,
+            surface=surface,
+            job_facts=job_facts,
         )
     try:  # neither a full disk nor a reader that left may cost the other half of the answer
         if args.json:
@@ -58,6 +67,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _job_facts(given: Sequence[str]) -> dict[str, float]:
+    facts: dict[str, float] = {}
+    for item in given:
+        name, _, text = item.partition("=")
+        try:
+            facts[name.strip()] = float(text)
+        except ValueError:
+            raise InvalidRequest(f"`--job-fact` is `{item}`", hint="write NAME=NUMBER, such as `budget=60`") from None
+    return facts
+
+
 def show(
     console: Console,
     job: str,
@@ -68,23 +88,30 @@ def show(
 ) -> None:
     """Print the table, the warnings and the cost line.
 
-    The reason is the logit of each label and how far the score lies from the mean of all candidates. It has a column
-    where there is room, else a second line; on a terminal too narrow for that a note says where to find it.
+    With a surface the table is the ledger. Without one the reason is the logit of each label and how far the score lies from
+    the mean of all candidates. It has a column where there is room, else a second line; on a terminal too narrow for that a
+    note says where to find it.
     """
     from rich.text import Text
 
-    mean = sum(r.score for r in answer.all_results) / max(1, len(answer.all_results))
-    reasons = [_reason(result, labels, mean) for result in answer.results]
     title = next((line.strip("# ").strip() for line in job.splitlines() if line.strip("# ").strip()), "job")
-    table, reasons_fit = _table(console.width, printable(title, 90), candidates, answer, reasons)
-    console.print(table)
-    if not reasons_fit:
-        console.print(Text("the numbers behind the scores need a wider terminal, or `--json`", style="dim"))
+    if isinstance(answer, SurfaceAnswer):
+        headlines = {r.index: f"{r.id}  {_headline(candidates[r.index])}" for r in answer.results}
+        show_ledger(console, printable(title, 90), headlines, answer)
+    else:
+        mean = sum(r.score for r in answer.all_results) / max(1, len(answer.all_results))
+        reasons = [_reason(result, labels, mean) for result in answer.results]
+        table, reasons_fit = _table(console.width, printable(title, 90), candidates, answer, reasons)
+        console.print(table)
+        if not reasons_fit:
+            console.print(Text("the numbers behind the scores need a wider terminal, or `--json`", style="dim"))
     for warning in answer.warnings:
         console.print(Text(f"! {warning}", style="yellow"))
     console.print(Text(_cost(answer, load_seconds), style="bold"))
     stack = answer.stack
     adapter = f" + {stack.adapter} {stack.adapter_digest[:12]}" if stack.adapter_digest else ""
+    if isinstance(answer, SurfaceAnswer):
+        adapter = "".join(f" + {a.name} {a.digest[:12]}" for a in answer.adapters)
     console.print(
         Text(
             f"{stack.model} {stack.base_digest[:12]}{adapter}, {stack.backend}, uma-engine {stack.version}", style="dim"

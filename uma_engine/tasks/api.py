@@ -8,13 +8,17 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from uma_engine.core import AdapterRef, Candidate, SamplingParams
 from uma_engine.errors import UmaError
+from uma_engine.ranking.calibration import Calibration, Method
+from uma_engine.ranking.surface import Surface
+from uma_engine.tasks.audit import Audit
 from uma_engine.tasks.base import EngineBase
+from uma_engine.tasks.calibrate import calibrate
 from uma_engine.tasks.calls import Call
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
 
@@ -38,6 +42,11 @@ class Engine(EngineBase):
         """Stop the engine. Calls in flight end with EngineUnavailable. Idempotent."""
         self._stack.close()
 
+    @property
+    def audit(self) -> Audit:
+        """Audits over this engine: `counterfactual` and `paraphrase`."""
+        return Audit(self)
+
     def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
         """Load a PEFT adapter directory under `name`, replacing what had that name at once.
 
@@ -58,6 +67,8 @@ class Engine(EngineBase):
         max_tokens_per_candidate: int | None = None,
         deadline: float | None = None,
         tenant: str = "",
+        surface: Surface | Mapping[str, Any] | str | Path | None = None,
+        job_facts: Mapping[str, Any] | None = None,
     ) -> RankAnswer:
         """Rank candidates for a job.
 
@@ -65,9 +76,12 @@ class Engine(EngineBase):
                     at the end of its prompt. Sorted by score, ties by index; `top_n` limits `results`, everyone is in
                     `all_results`. A candidate longer than `max_tokens_per_candidate` (or than the room left) is cut at the
                     end of its own text, and says so.
+        Surface:    with `surface` (a `Surface`, its plain data or its TOML file) the score is the declared aggregate of declared
+                    factors, each in the result's ledger, and the answer a `SurfaceAnswer` that shows ties. `job_facts` are
+                    the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
         Numerics:   the same bits alone, in any batch, in any order, cached or not.
-        Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), UnknownAdapter,
-                    TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
+        Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), SurfaceError,
+                    UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
         """
         return self._rank_call(
             query,
@@ -79,7 +93,26 @@ class Engine(EngineBase):
             max_tokens_per_candidate=max_tokens_per_candidate,
             deadline=deadline,
             tenant=tenant,
+            surface=surface,
+            job_facts=job_facts,
         ).wait()
+
+    def calibrate(
+        self,
+        surface: Surface | Mapping[str, Any] | str | Path,
+        read: str,
+        examples: Iterable[tuple[str, Candidate | str, bool]],
+        *,
+        method: Method = "temperature",
+        adapter: str | None = None,
+        save_to: str | Path | None = None,
+    ) -> Calibration:
+        """Fit the calibration of one read of a surface on judged examples: job, candidate, whether the first label is right.
+
+        Texts are redacted and cut as the surface has it. `save_to`: a file, or the adapter's directory, where
+        `calibration = true` finds it. Errors: SurfaceError, InvalidRequest for too few examples; otherwise as `rank`
+        """
+        return calibrate(self, surface, read, examples, method, adapter, save_to)
 
     def score(
         self,
@@ -222,6 +255,8 @@ class AsyncEngine(EngineBase):
         max_tokens_per_candidate: int | None = None,
         deadline: float | None = None,
         tenant: str = "",
+        surface: Surface | Mapping[str, Any] | str | Path | None = None,
+        job_facts: Mapping[str, Any] | None = None,
     ) -> RankAnswer:
         """As `Engine.rank`."""
         call = await _prepared(
@@ -235,6 +270,8 @@ class AsyncEngine(EngineBase):
             max_tokens_per_candidate=max_tokens_per_candidate,
             deadline=deadline,
             tenant=tenant,
+            surface=surface,
+            job_facts=job_facts,
         )
         return await _finish(call)
 

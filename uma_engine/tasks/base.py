@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,18 +28,21 @@ from uma_engine.core import (
     Segment,
 )
 from uma_engine.errors import EngineUnavailable, InvalidRequest, TooLarge, UmaError
+from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
 from uma_engine.tasks.generate import TextSink
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
 from uma_engine.tasks.stack import Progress, Stack
+from uma_engine.tasks.surface_rank import as_surface, surface_call
 
 if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
 
 __all__ = ["EngineBase"]
 
+DEFAULT_LABELS = ("yes", "no")
 ZERO_SHOT = (
     "zero-shot: no adapter was used and `{model}` is not known to be tuned for ranking; "
     "these scores show that the engine runs, they are not advice about people"
@@ -59,9 +62,9 @@ class EngineBase:
         self._stack = Stack(model, self.config, progress)
         self._ids = itertools.count()
         tokenizer, template = self._stack.tokenizer, self._stack.template
-        # A prompt's template is rendered once for each choice of labels. (No reference to self: it would be a cycle.)
-        self._rank_prompt = functools.lru_cache(maxsize=32)(
-            lambda labels: ranking.RankPrompt.build(tokenizer, template, labels)
+        # A prompt's template is rendered once for each question. (No reference to self: it would be a cycle.)
+        self._rank_prompt = functools.lru_cache(maxsize=128)(
+            lambda question: ranking.RankPrompt.build(tokenizer, template, question)
         )
         weakref.finalize(self, self._stack.loop.stop)  # an engine that is forgotten without `close` ends its thread
 
@@ -218,12 +221,17 @@ class EngineBase:
         max_tokens_per_candidate: int | None,
         deadline: float | None,
         tenant: str,
+        surface: Surface | Mapping[str, Any] | str | Path | None,
+        job_facts: Mapping[str, Any] | None,
     ) -> Call[RankAnswer]:
         self._check_open()
         began = time.perf_counter()
         expires = self._deadline(deadline)
         # White space at a text's ends would change how the template around it is tokenised.
         query = _text("query", query).strip()
+        declared = None if surface is None else as_surface(surface)
+        if instruction is None and declared is not None:
+            instruction = declared.instruction
         instruction = (
             ranking.DEFAULT_INSTRUCTION if instruction is None else _text("instruction", instruction)
         ).strip()
@@ -231,10 +239,33 @@ class EngineBase:
         _count("top_n", top_n)
         _count("max_tokens_per_candidate", max_tokens_per_candidate)
         people = ranking.as_candidates(candidates)
+        if declared is not None:
+            if not isinstance(labels, list | tuple) or tuple(labels) != DEFAULT_LABELS:
+                raise InvalidRequest(
+                    f"`labels` is `{labels!r}` beside a surface",
+                    hint="a surface's reads have their own",
+                    param="labels",
+                )
+            return surface_call(
+                self,
+                query,
+                people,
+                surface=declared,
+                job_facts={} if job_facts is None else job_facts,
+                adapter=adapter,
+                top_n=top_n,
+                instruction=instruction,
+                max_tokens_per_candidate=max_tokens_per_candidate,
+                expires=expires,
+                tenant=tenant,
+                began=began,
+            )
+        if job_facts is not None:
+            raise InvalidRequest("`job_facts` is given without a surface", hint="only a surface's facts read them")
         tokenizer = self._stack.tokenizer
         label_token_ids = ranking.label_ids(tokenizer, labels)
         labels = tuple(labels)
-        prompt = self._rank_prompt(labels)
+        prompt = self._rank_prompt(question_of(DEFAULT_PROBE, labels))
         instruction_ids, job_ids = self._ids_of("instruction", instruction), self._ids_of("query", query)
         room = prompt.room(instruction_ids, job_ids, self.max_model_len)
         limit = min(room, max_tokens_per_candidate) if max_tokens_per_candidate else room

@@ -20,7 +20,7 @@ __all__ = ["DEFAULT_INSTRUCTION", "RankPrompt", "as_candidates", "label_ids", "o
 DEFAULT_INSTRUCTION = "You help a client to choose a freelancer. Decide whether the candidate fits the job post."
 MAX_CANDIDATE_BYTES = 4 * 2**20  # of UTF-8 text: beyond this a candidate is an error, not a truncation
 
-_PROMPT = "{instruction}\n\nJob post:\n{job}\n\nCandidate:\n{candidate}\n\nIs the candidate a good fit for the job? Answer {labels}."
+_PROMPT = "{instruction}\n\nJob post:\n{job}\n\nCandidate:\n{candidate}\n\n{question}"
 _FIELDS = {
     "instruction": "\u27e6uma-instruction\u27e7",
     "job": "\u27e6uma-job\u27e7",
@@ -130,9 +130,9 @@ class RankPrompt:
     after_candidate: list[int]
 
     @classmethod
-    def build(cls, tokenizer: Tokenizer, template: ChatTemplate, labels: Sequence[str]) -> RankPrompt:
-        words = ", ".join(labels[:-1]) + f" or {labels[-1]}"
-        content = _PROMPT.format(labels=words, **_FIELDS)
+    def build(cls, tokenizer: Tokenizer, template: ChatTemplate, question: str) -> RankPrompt:
+        """`question` is part of the prompt's own text: what comes from outside must hold no control tokens."""
+        content = _PROMPT.format(question=question, **_FIELDS)
         pieces = split_template(tokenizer, template, [{"role": "user", "content": content}], _FIELDS)
         # Instruction, job and candidate come in this order, with text between them; before and after there may be none.
         around: list[list[int]] = [[]]

@@ -18,14 +18,25 @@ from typing import Any
 
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
-from uma_engine.tasks.results import RankResult, StackInfo, Usage
+from uma_engine.tasks.results import AdapterUse, RankResult, StackInfo, SurfaceResult, Usage
 
-__all__ = ["FORMAT", "check_writable", "differences", "make_record", "read_record", "write_json"]
+__all__ = [
+    "FORMAT",
+    "SURFACE_FORMAT",
+    "check_writable",
+    "differences",
+    "make_record",
+    "make_surface_record",
+    "read_record",
+    "write_json",
+]
 
 FORMAT = "uma-decision-record/1"
+SURFACE_FORMAT = "uma-decision-record/2"  # with a surface: several reads and adapters, facts, redactions, ties
 
 _DIGESTS = ("base_digest", "tokenizer_digest", "template_digest", "adapter_digest", "backend", "version")
 _ANSWER = ("id", "score", "logits", "truncated_tokens", "ledger")
+_SURFACE_ANSWER = (*_ANSWER, "place", "tied_with", "redactions")
 # What a replay reads: types, or tuples of types, in the places of values. A list stands for all of its items.
 _SHAPE: dict[str, Any] = {
     "query": str,
@@ -41,6 +52,18 @@ _SHAPE: dict[str, Any] = {
     "stack": {"model": str, **dict.fromkeys(_DIGESTS, str), "adapter_digest": (str, NoneType)},
     "results": [{"id": str, "score": str, "logits": [str], "truncated_tokens": int, "ledger": [dict]}],
     "warnings": [str],
+}
+_SURFACE_SHAPE: dict[str, Any] = _SHAPE | {
+    "options": {
+        "surface": dict,
+        "surface_digest": str,
+        "job_facts": dict,
+        "instruction": str,
+        "max_tokens_per_candidate": (int, NoneType),
+        "engine": {"max_model_len": int, "precision": str},
+    },
+    "adapters": [{"name": str, "digest": str, "path": str}],
+    "results": [_SHAPE["results"][0] | {"place": int, "tied_with": int, "redactions": [dict]}],
 }
 _HINT = "records are written by `uma rank --record FILE` and not meant to be edited"
 _WORDS = {str: "a string", int: "an integer", dict: "an object", list: "an array", NoneType: "null"}
@@ -79,17 +102,63 @@ def make_record(
     }
 
 
+def make_surface_record(
+    *,
+    query: str,
+    candidates: Sequence[Candidate],
+    options: Mapping[str, Any],
+    results: Sequence[SurfaceResult],
+    stack: StackInfo,
+    adapters: Sequence[AdapterUse],
+    usage: Usage,
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """As `make_record`, for a surface: its declaration is among the options, calibrations included, so that a replay needs
+    no file but the adapters'. Ledgers hold plain numbers: JSON gives back the same double.
+    """
+    record = make_record(
+        query=query,
+        candidates=candidates,
+        options=options,
+        results=results,
+        stack=stack,
+        usage=usage,
+        warnings=warnings,
+    )
+    for entry, result in zip(record["results"], results, strict=True):
+        for line in entry["ledger"]:
+            line["logits"] = list(line["logits"])
+        entry |= {
+            "place": result.place,
+            "tied_with": result.tied_with,
+            "redactions": [asdict(r) for r in result.redactions],
+        }
+    return record | {"format": SURFACE_FORMAT, "adapters": [asdict(a) for a in adapters]}
+
+
 def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
     """What differs between two records of the same question, in words; empty when every bit agrees."""
     found = []
     for key in _DIGESTS:
         if record["stack"][key] != again["stack"][key]:
             found.append(f"{key}: `{record['stack'][key]}` then, `{again['stack'][key]}` now")
+    if record["format"] != again["format"]:
+        return [*found, f"format: `{record['format']}` then, `{again['format']}` now"]
+    answer: tuple[str, ...] = _ANSWER
+    if record["format"] == SURFACE_FORMAT:
+        answer = _SURFACE_ANSWER
+        digests = [{a["name"]: a["digest"] for a in r["adapters"]} for r in (record, again)]
+        for name in sorted(digests[0].keys() | digests[1].keys()):
+            if digests[0].get(name) != digests[1].get(name):
+                found.append(f"adapter `{name}`: `{digests[0].get(name)}` then, `{digests[1].get(name)}` now")
+        then_declared, now_declared = (r["options"]["surface_digest"] for r in (record, again))
+        if then_declared != now_declared:
+            found.append(f"surface_digest: `{then_declared}` then, `{now_declared}` now")
     if len(record["results"]) != len(again["results"]):
         found.append(f"{len(record['results'])} results then, {len(again['results'])} now")
         return found
     for then, now in zip(record["results"], again["results"], strict=True):
-        for key in _ANSWER:
+        for key in answer:
             if then[key] != now[key]:
                 found.append(f"candidate `{then['id']}`: {key} `{then[key]}` then, `{now[key]}` now")
     then_warned, now_warned = _warnings(record), _warnings(again)
@@ -111,9 +180,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise InvalidRequest(f"`{path}` cannot be read: {error.strerror}", param="record") from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"`{path}` is not JSON: {error}", param="record") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise InvalidRequest(f"`{path}` is not a decision record of format `{FORMAT}`", hint=_HINT)
-    _check_shape(record, _SHAPE, "")
+    if not isinstance(record, dict) or record.get("format") not in (FORMAT, SURFACE_FORMAT):
+        raise InvalidRequest(
+            f"`{path}` is not a decision record of format `{FORMAT}` or `{SURFACE_FORMAT}`", hint=_HINT
+        )
+    _check_shape(record, _SHAPE if record["format"] == FORMAT else _SURFACE_SHAPE, "")
     return record
 
 

@@ -10,8 +10,22 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uma_engine.core import FinishReason
+from uma_engine.ranking.ledger import Factor, LedgerLine
+from uma_engine.ranking.redaction import Redaction
 
-__all__ = ["Completion", "CompletionChunk", "Factor", "RankAnswer", "RankResult", "Score", "StackInfo", "Usage"]
+__all__ = [
+    "AdapterUse",
+    "Completion",
+    "CompletionChunk",
+    "Factor",
+    "RankAnswer",
+    "RankResult",
+    "Score",
+    "StackInfo",
+    "SurfaceAnswer",
+    "SurfaceResult",
+    "Usage",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +83,6 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
-    """One line of the ledger: a value, its weight in the score and what it contributed."""
-
-    name: str
-    value: float
-    weight: float
-    contribution: float
-
-
-@dataclass(frozen=True, slots=True)
 class RankResult:
     """One candidate's place: `index` is its position in the input, `score` the probability of the first label.
 
@@ -116,6 +120,50 @@ class RankAnswer:
             | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),
             "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """An adapter that read for a surface: its name then, its content, and the directory it came from."""
+
+    name: str
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class SurfaceResult(RankResult):
+    """One candidate's place on a surface. `ledger` holds all that made the score; `logits` are those of all reads, in order.
+
+    `place` is 1 for the best and shared by `tied_with` others, whose scores differ by less than the surface's resolution.
+    `redactions` are the spans of the candidate's text, blanks around it taken off, that no read has seen.
+    """
+
+    ledger: tuple[LedgerLine, ...]
+    place: int
+    tied_with: int
+    redactions: tuple[Redaction, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SurfaceAnswer(RankAnswer):
+    """As `RankAnswer`; `results` in the order of places. `surface` is the declaration that answered, calibrations included."""
+
+    results: tuple[SurfaceResult, ...]
+    all_results: tuple[SurfaceResult, ...]
+    surface: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    surface_digest: str = ""
+    adapters: tuple[AdapterUse, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: everything but the decision record. Every result has its ledger."""
+        data = RankAnswer.to_dict(self)  # `super()` does not know a class with slots
+        data["all_results"] = [asdict(r) for r in self.all_results]
+        return data | {
+            "surface": dict(self.surface),
+            "surface_digest": self.surface_digest,
+            "adapters": [asdict(a) for a in self.adapters],
         }
 
 

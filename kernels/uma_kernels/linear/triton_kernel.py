@@ -47,7 +47,7 @@ WIDE = (
 NARROW = (Tile(64, 128, 128, 4, 6), Tile(64, 64, 256, 4, 5), Tile(64, 32, 256, 4, 6), Tile(64, 16, 512, 4, 5))
 FP32 = Tile(32, 128, 64, 8, 2)
 AMPERE = (Tile(128, 128, 128, 8, 3), Tile(64, 64, 128, 4, 4))
-EMULATED = Tile(16, 32, 128, 4, 2)  # small: its products are multiplied out
+EMULATED = Tile(32, 64, 256, 4, 2)  # each program and each step of K costs the interpreter milliseconds
 
 
 def plan(tokens: int, rows: int, dtype: torch.dtype, sms: int, capability: int) -> Tile:

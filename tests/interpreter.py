@@ -7,6 +7,7 @@ all kernels: `triton.language` stays as the interpreter needs it once the first 
 from __future__ import annotations
 
 import functools
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,11 +42,22 @@ def _round_as_a_gpu_does(interpreter: Any) -> None:
 
 def _set_up_once(interpreter: Any) -> None:
     """It looks through all of `triton.language` at each launch and at each call of a device function, and restores it after
-    launches alone; and numpy warns at each scalar that it takes out of an array. Both take longer than small kernels."""
+    launches alone; it wraps a shape's numbers again for every tensor; and numpy warns at each scalar that it takes out of an
+    array. All of these take longer than small kernels do."""
     language = interpreter.tl
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
     language.tensor.__index__ = lambda self: int(self.handle.data.item())
     interpreter._patch_lang = lambda fn: interpreter._LangPatchScope()  # nothing left to change or restore
+
+    @functools.cache
+    def shape_of(shape: tuple[int, ...]) -> tuple[Any, Any]:
+        return language.constexpr(math.prod(shape)), language.core.tuple([language.constexpr(n) for n in shape])
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = shape_of(type.shape if type.is_block() else ())
+
+    language.tensor.__init__ = tensor
     of_type = interpreter._get_np_dtype
     by_name = functools.cache(lambda name, dtype: of_type(dtype))
     interpreter._get_np_dtype = lambda dtype: by_name(str(dtype), dtype.scalar) if dtype.is_block() else of_type(dtype)

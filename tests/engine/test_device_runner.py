@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.device_harness import BLOCK_SIZE, ON_GPU, load, make, make_plain
+from tests.engine.device_harness import BLOCK_SIZE, DEVICE, ON_GPU, load, make, make_plain
 from uma_engine import Engine
+from uma_engine.adapters import AdapterRegistry
 from uma_engine.core import FinishReason, SamplingParams
 from uma_engine.errors import DeviceOutOfMemory, InvalidRequest
+from uma_engine.runner.device_adapters import DeviceAdapters
 from uma_kernels import dispatch
 from uma_kernels.testing import assert_near, assert_reduction
 
@@ -101,6 +103,26 @@ def test_adapters_are_applied_and_replaced_between_replays(model_dir: Path, adap
         scores.append(machine.scores_of(ranked))
     assert outputs[0] == outputs[1]
     assert_near(scores[1], scores[0], products=2)
+
+
+def test_adapters_are_kept_as_asked_for(model_dir: Path, adapters: list[Path]) -> None:
+    machine = make(model_dir, max_loras=0)
+    model, sizes = machine.runner._model, []
+    for storage in ("dense", "fp8", "int4"):
+        held = DeviceAdapters(
+            model.site_groups(),
+            max_loras=2,
+            max_rank=16,
+            max_tokens=8,
+            dtype=torch.bfloat16,
+            device=DEVICE,
+            storage=storage,
+        )
+        AdapterRegistry(2, 16, model.sites(), held).load("a", adapters[0])
+        pools = [held.pool_of(members[0].name) for _, members in model.site_groups()]
+        assert {(pool.storage, pool.resident) for pool in pools} == {(storage, (0,))}
+        sizes.append(sum(pool.a.nbytes + pool.b.nbytes for pool in pools))
+    assert [sizes[0] // size for size in sizes] == [1, 2, 4]
 
 
 def test_running_out_of_memory_ends_a_step_and_not_the_engine(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,10 @@ class StepGraphs:
         self._keys: tuple[list[PlanKey], list[PlanKey]] = ([], [])  # of all layers' attention, of the last one's
         self._layouts: dict[int, Layout] = {}
         self._inputs = torch.empty(0, dtype=torch.uint8, device=device)
-        self._graphs: dict[tuple[int, bool], tuple[Callable[[], None], torch.Tensor]] = {}
+        # Of all graphs: each copies its result here, so that none keeps memory of its own.
+        outputs = Room.of(self._buckets[-1]).outputs
+        self._hidden = torch.zeros(outputs, model.config.hidden_size, dtype=kv.k[0].dtype, device=device)
+        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
 
     def capture(self) -> None:
         """Capture every bucket, largest first so that the smaller ones fit into its memory."""
@@ -116,13 +119,13 @@ class StepGraphs:
         slots = self._kv.k[0].shape[0]
         for batch in batches:
             batch.check_slots(a.num_tokens, slots)
+        replay = self._graph(size, a.has_adapters)  # making one clears the inputs
         layout = self._layouts[size]
         host = self._staging.fill(layout.num_bytes)
         self._fill(layout.arrays(host), a, batches, schedules)
         self._staging.upload_into(self._inputs[: layout.num_bytes], host[: layout.num_bytes])
-        replay, hidden = self._graph(size, a.has_adapters)
         replay()
-        return hidden[:outputs]
+        return self._hidden[:outputs]
 
     # ---- layouts ----
 
@@ -193,22 +196,22 @@ class StepGraphs:
 
     # ---- graphs ----
 
-    def _graph(self, size: int, with_adapters: bool) -> tuple[Callable[[], None], torch.Tensor]:
+    def _graph(self, size: int, with_adapters: bool) -> Callable[[], None]:
         found = self._graphs.get((size, with_adapters))
         if found is None:
             found = self._graphs[size, with_adapters] = self._make(size, with_adapters)
         return found
 
-    def _make(self, size: int, with_adapters: bool) -> tuple[Callable[[], None], torch.Tensor]:
-        def step() -> torch.Tensor:
-            return self._step(size, with_adapters)
+    def _make(self, size: int, with_adapters: bool) -> Callable[[], None]:
+        def step() -> None:
+            hidden = self._step(size, with_adapters)
+            self._hidden[: len(hidden)].copy_(hidden)
 
         if self._device.type != "cuda":
-            hidden = torch.zeros(Room.of(size).outputs, self._model.config.hidden_size, dtype=self._kv.k[0].dtype)
-            return lambda: hidden.copy_(step()), hidden  # type: ignore[return-value]
+            return step
         self._rest(size)
-        replay, hidden, self._memory = recorded(step, self._memory)
-        return replay, hidden
+        replay, _, self._memory = recorded(step, self._memory)
+        return replay
 
     def _rest(self, size: int) -> None:
         """Inputs of a step in which nothing is written or attended, while kernels are compiled and a graph is made."""

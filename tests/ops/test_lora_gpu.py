@@ -314,18 +314,26 @@ def test_slices_without_a_pool_are_separate_updates(backend: str) -> None:
         assert_reduction(out, update.float(), update)
 
 
-def by_form(form: str, x: torch.Tensor, weight: PackedLinear, bias: torch.Tensor | None, out: torch.Tensor,
-            pool: LoraPool, routing: DeviceRouting) -> None:  # fmt: skip
+def by_form(
+    form: str,
+    x: torch.Tensor,
+    weight: PackedLinear,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    pool: LoraPool,
+    routing: DeviceRouting,
+    add: bool = False,
+) -> None:
     """A site in one form, whatever the plans say."""
     from uma_kernels.lora import triton_augmented, triton_kernel, triton_site
 
     if form == plans.DECODE:
         plan = plans.SitePlan(block_n=16, base_k=128, shrinkers=8) if not ON_GPU else plans.SitePlan()
-        triton_site.site_decode(x, weight.data, bias, out, pool, routing, plan)
+        triton_site.site_decode(x, weight.data, bias, out, pool, routing, plan, add)
     else:
         pair = plans.pair_plan(len(x), x.element_size())
         triton_kernel.run_pair(x, out, pool, routing, pair, shrink=True, expand=False)
-        triton_augmented.augmented(x, weight, bias, out, pool, routing)
+        triton_augmented.augmented(x, weight, bias, out, pool, routing, add)
 
 
 # K, slices, ranks of each adapter's slices, rows: one row and slice; K, widths and ranks that fill no tile; more rows than a tile.
@@ -359,13 +367,13 @@ def test_a_whole_site_matches_fp64(
     added = 0.0 if bias is None else bias.double()
     true = x.double() @ w.double().T + added + update
     torch_result = (x @ w.T + update.to(dtype) + (0 if bias is None else bias)).to(dtype)
-    outs = []
-    for _ in range(2):  # the counters are back at 0 after the first
+    before = torch.randn(true.shape).to(dtype)
+    for add in (False, True):  # the counters are back at 0 after the first
         with with_sentinels(true.shape, dtype) as out:
-            by_form(form, x, weight, bias, out, pool, routing)
-            assert_reduction(out, torch_result, true, dtype)
-            outs.append(out.clone())
-    assert_invariant(outs[1], outs[0])
+            out.copy_(before if add else torch.full_like(before, float("nan")))
+            by_form(form, x, weight, bias, out, pool, routing, add)
+            kept = before if add else torch.zeros_like(before)
+            assert_reduction(out, torch_result + kept, true + kept.double(), dtype)
 
 
 @pytest.mark.parametrize("storage", ["fp8", "int4"])
@@ -428,23 +436,29 @@ def test_factors_that_overflow_end_their_own_rows_alone(backend: str, form: str,
     assert not torch.isfinite(outs[1][[1, 4]]).any()
 
 
-def test_a_site_takes_the_form_of_its_mode(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_site_takes_the_form_of_its_mode(backend: str) -> None:
     """`fast` rounds where its form does; `audit` never changes it."""
-    assert {plans.site_form(t, "audit", False) for t in (1, 64, 65, 10_000)} == {plans.AUGMENTED}
-    assert [plans.site_form(t, "fast", False) for t in (1, 64, 65)] == [plans.DECODE, plans.DECODE, plans.PAIR]
-    assert plans.site_form(1, "fast", True) == plans.PAIR
-    k, slices, dtype = 64, (32, 32), torch.float32
-    adapters = [random_factors(k, slices, (4, 8))]
-    pool, w, bias = make_pool(k, slices, adapters, dtype), torch.randn(64, k) * k**-0.5, torch.randn(64)
-    x, mapping = torch.randn(70, k), [t % 2 - 1 for t in range(70)]
+    assert {plans.site_form(t, "audit", True) for t in (1, 64, 65, 10_000)} == {plans.AUGMENTED}
+    assert [plans.site_form(t, "fast", True) for t in (1, 64, 65)] == [plans.DECODE, plans.DECODE, plans.PAIR]
+    assert plans.site_form(1, "fast", False) == plans.PAIR
+    k, slices, dtype = 64, (32, 32), torch.bfloat16
+    adapters = [random_factors(k, slices, (4, 8), dtype)]
+    pool, mapping = make_pool(k, slices, adapters, dtype), [t % 2 - 1 for t in range(70)]
+    w, bias, x = (v.to(dtype) for v in (torch.randn(64, k) * k**-0.5, torch.randn(64), torch.randn(70, k)))
     for tokens in (3, 70):
         update = true_update(x[:tokens], slices, adapters, mapping[:tokens], torch.float64)
-        true = x[:tokens].double() @ w.double().T + bias.double() + update
-        out = torch.empty(tokens, 64)
-        lora_linear(x[:tokens], pack(w, mode="fast"), bias, out, pool, routed(mapping[:tokens], pool))
-        assert_reduction(out, x[:tokens] @ w.T + bias + update.float(), true)
+        for before in (None, torch.randn(tokens, 64).to(dtype)):
+            out = torch.empty(tokens, 64, dtype=dtype) if before is None else before.clone()
+            lora_linear(
+                x[:tokens], pack(w, mode="fast"), bias, out, pool, routed(mapping[:tokens], pool), before is not None
+            )
+            added = 0 if before is None else before
+            true = x[:tokens].double() @ w.double().T + bias.double() + update + added
+            assert_reduction(out, x[:tokens] @ w.T + bias + update.to(dtype) + added, true, dtype)
     with pytest.raises(ShapeError):
-        lora_linear(x, pack(w[:, :32].contiguous()), bias, torch.empty(70, 64), pool, routed(mapping, pool))
+        lora_linear(
+            x, pack(w[:, :32].contiguous()), bias, torch.empty(70, 64, dtype=dtype), pool, routed(mapping, pool)
+        )
 
 
 def test_an_augmented_weight_gives_base_and_update(backend: str) -> None:

@@ -65,13 +65,28 @@ class Linear:
         self.bias = bias
         self.precision = precision
 
-    def __call__(self, x: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
-        """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked."""
+    @property
+    def adds(self) -> bool:
+        """Whether adding to a residual costs no step of its own."""
+        return self.weight.backend == "triton"
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        routing: Routing | None,
+        adapters: Adapters | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked. With a `residual` [T, N]
+        the result is added to it in place, and it is returned."""
         if isinstance(routing, DeviceRouting) and adapters is not None:
-            out = torch.empty(x.shape[0], self.weight.shape[0], dtype=x.dtype, device=x.device)
-            lora_linear(x, self.weight, self.bias, out, cast(AdapterPools, adapters).pool_of(self.site), routing)
+            out = residual
+            if out is None:
+                out = torch.empty(x.shape[0], self.weight.shape[0], dtype=x.dtype, device=x.device)
+            pool = cast(AdapterPools, adapters).pool_of(self.site)
+            lora_linear(x, self.weight, self.bias, out, pool, routing, residual is not None)
             return out
-        out = linear(x, self.weight, self.bias, precision=self.precision)
+        out = linear(x, self.weight, self.bias, residual, self.precision, residual is not None)
         if routing is not None and adapters is not None:
             lora(x, out, cast(AdapterSites, adapters).sites_of(self.site), cast(LoraRouting, routing))
         return out

@@ -207,9 +207,11 @@ def lora_linear(
     out: torch.Tensor,
     pool: LoraPool,
     routing: DeviceRouting,
+    add: bool = False,
 ) -> None:
     """
-    Semantics:  out = x @ w.T + bias, and of each row's adapter the update that `lora_merged` adds: a whole site
+    Semantics:  out = x @ w.T + bias, and of each row's adapter the update that `lora_merged` adds: a whole site. With `add` all
+                of it is added to what `out` holds
     Shapes:     x [T, K] . weight [sum N_i, K] packed for triton . bias [sum N_i] or None . out [T, sum N_i], apart from `x`; rows
                 of both at any stride . routing: of these T rows
     Numerics:   s = x A^T is rounded to the dtype once, as in `lora_merged`. Mode `audit`: one fp32 sum over K, then over the
@@ -234,18 +236,18 @@ def lora_linear(
     from uma_kernels.lora import triton_augmented, triton_kernel, triton_site
 
     tokens = routing.num_tokens
-    form = plans.site_form(tokens, weight.mode, weight.scales is not None)
+    form = plans.site_form(tokens, weight.mode, weight.scales is None and x.element_size() == 2)
     if form == plans.PAIR:
-        linear(x, weight, bias, out)
+        linear(x, weight, bias, out, add=add)
         triton_kernel.lora_merged(x, out, pool, routing, plans.pair_plan(tokens, x.element_size()))
     elif form == plans.DECODE:
         site = plans.site_plan(tokens, pool.in_features, pool.out_features)
         assert site is not None, f"no plan for {tokens} rows"
-        triton_site.site_decode(x, weight.data, bias, out, pool, routing, site)
+        triton_site.site_decode(x, weight.data, bias, out, pool, routing, site, add)
     else:
         pair = plans.pair_plan(tokens, x.element_size())
         triton_kernel.run_pair(x, out, pool, routing, pair, shrink=True, expand=False)
-        triton_augmented.augmented(x, weight, bias, out, pool, routing)
+        triton_augmented.augmented(x, weight, bias, out, pool, routing, add)
 
 
 def check_site(x: torch.Tensor, out: torch.Tensor, pool: LoraPool, routing: DeviceRouting | LoraRouting) -> None:

@@ -51,8 +51,8 @@ PAIR = "pair"  # a library product, then `lora_merged`
 FAST_FORMS: tuple[tuple[int, str], ...] = ((64, DECODE), (1 << 30, PAIR))
 
 
-def site_form(num_tokens: int, mode: str, scaled: bool) -> str:
-    """The form of a site whose weight was packed in `mode`; `scaled`: in 8 bits.
+def site_form(num_tokens: int, mode: str, sixteen_bit: bool) -> str:
+    """The form of a site whose weight was packed in `mode`. `sixteen_bit`: weight and rows are, as the one launch needs them.
 
     `audit` takes one for every number of rows: forms differ in where they round and in the instruction, so a row would
     have other bits in a larger batch.
@@ -60,7 +60,7 @@ def site_form(num_tokens: int, mode: str, scaled: bool) -> str:
     if mode == "audit":
         return AUGMENTED
     form = next(form for most, form in FAST_FORMS if num_tokens <= most)
-    return PAIR if scaled and form == DECODE else form
+    return form if sixteen_bit or form != DECODE else PAIR
 
 
 def pair_plan(num_tokens: int, element_size: int) -> PairPlan:

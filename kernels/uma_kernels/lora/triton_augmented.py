@@ -45,10 +45,10 @@ def augmented_kernel(
     s_ptr, s_stride, b_ptr, slots_ptr, table_ptr, columns_ptr, slice_facts_ptr, num_slots, TABLE, COLUMN_TILES, RANK_BLOCKS,
     SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     TMA: tl.constexpr, PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, STORED_AS: tl.constexpr,
-    EVEN_N: tl.constexpr, INTERPRETED: tl.constexpr,
+    EVEN_N: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """out = (x @ w.T) * x_scales * w_scales + s @ B + bias. Tiles are taken in the order of `matmul_kernel`; one lies in one
-    slice, `columns` lists them."""
+    """out = (x @ w.T) * x_scales * w_scales + s @ B + bias, with ADD added to what `out` holds. Tiles are taken in the order of
+    `matmul_kernel`; one lies in one slice, and `columns` lists them."""
     DTYPE: tl.constexpr = out.dtype.element_ty
     PER: tl.constexpr = 2 if STORED_AS == 2 else 1
     NOTHING: tl.constexpr = 0 if STORED_AS == 2 else 0.0
@@ -110,7 +110,10 @@ def augmented_kernel(
         if HAS_BIAS:
             sums += tl.load(bias + offs_n, in_n, 0.0).to(tl.float32)[None, :]
         to = out + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
-        tl.store(to, sums.to(DTYPE), in_m[:, None] & in_n[None, :])
+        inside_out = in_m[:, None] & in_n[None, :]
+        if ADD:
+            sums += tl.load(to, inside_out, 0.0).to(tl.float32)
+        tl.store(to, sums.to(DTYPE), inside_out)
 
 
 def tile_for(tokens: int, x: torch.Tensor, pool: LoraPool) -> Tile:
@@ -126,6 +129,7 @@ def augmented(
     out: torch.Tensor,
     pool: LoraPool,
     routing: DeviceRouting,
+    add: bool = False,
     tile: Tile | None = None,
 ) -> None:
     """One launch, after a shrink of the same rows into the routing's scratch. `tile` is for benches."""
@@ -152,12 +156,14 @@ def augmented(
         pool.num_slots, pool.table.shape[1], columns.shape[1], pool.rank_blocks,
         SLICES=len(pool.slices), BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=8, TMA=tma,
         PERSISTENT=persistent, HAS_BIAS=bias is not None, SCALED=scales is not None, STORED_AS=STORED[pool.storage],
-        EVEN_N=all(n % 32 == 0 for n in pool.slices), INTERPRETED=interpreted(),
+        EVEN_N=all(n % 32 == 0 for n in pool.slices), ADD=add, INTERPRETED=interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-def _case(name: str, tile: Tile, dtype: str, tma: bool, storage: str = "dense", slices: int = 3) -> AotCase:
+def _case(
+    name: str, tile: Tile, dtype: str, tma: bool, storage: str = "dense", slices: int = 3, add: bool = False
+) -> AotCase:
     scaled = dtype == "fp8e4nv"
     depth = max(16, tile.depth // {"fp32": 4, "fp8e4nv": 1}.get(dtype, 2))
     plain = "bf16" if scaled else dtype
@@ -174,11 +180,11 @@ def _case(name: str, tile: Tile, dtype: str, tma: bool, storage: str = "dense", 
     constexprs: dict[str, Any] = {
         "SLICES": slices, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "GROUP": 8, "TMA": tma,
         "PERSISTENT": tma and tile.persistent, "HAS_BIAS": False, "SCALED": scaled, "STORED_AS": STORED[storage],
-        "EVEN_N": True, "INTERPRETED": False, "bias": None,
+        "EVEN_N": True, "ADD": add, "INTERPRETED": False, "bias": None,
     }  # fmt: skip
     constexprs |= {} if scaled else {"x_scales": None, "w_scales": None}
     return AotCase(
-        f"augmented-{name}-{dtype}-{storage}" + ("-tma" if tma else ""),
+        f"augmented-{name}-{dtype}-{storage}" + ("-tma" if tma else "") + ("-add" if add else ""),
         augmented_kernel,
         signature,
         constexprs,
@@ -192,10 +198,12 @@ def _case(name: str, tile: Tile, dtype: str, tma: bool, storage: str = "dense", 
 AOT_CASES = [
     *(_case(f"{t.rows}x{t.columns}", t, "bf16", True) for t in WIDE),
     *(_case(f"narrow-{t.rows}x{t.columns}", t, "bf16", True) for t in NARROW),
+    _case("128x256", WIDE[0], "bf16", True, slices=1, add=True),
+    _case("narrow-64x32", NARROW[2], "bf16", True, slices=1, add=True),
     _case("128x256", WIDE[0], "fp16", True, slices=1),
     _case("128x256", WIDE[0], "fp8e4nv", True),
     _case("128x256", WIDE[0], "bf16", True, "fp8"),
     _case("128x256", WIDE[0], "bf16", True, "int4"),
-    *(_case(f"{t.rows}x{t.columns}", t, "bf16", False) for t in AMPERE),
+    *(_case(f"{t.rows}x{t.columns}", t, "bf16", False, slices=1, add=True) for t in AMPERE),
     _case("32x128", FP32, "fp32", False),
 ]

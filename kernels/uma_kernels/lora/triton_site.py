@@ -82,9 +82,11 @@ def site_kernel(
     BASE_K: tl.constexpr,
     EVEN_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out[T, N] = x W^T + B s + bias, T <= ROWS; a tile of BN columns lies in one slice, `columns` lists them."""
+    """out[T, N] = x W^T + B s + bias, with ADD plus what it holds, T <= ROWS; a tile of BN columns lies in one slice, and
+    `columns` lists them."""
     pid = tl.program_id(0)
     if pid < SHRINKERS:
         shrink_tiles(
@@ -170,11 +172,11 @@ def site_kernel(
                 acc = product(tl.trans(unpacked(stored, STORED_AS, 16, BN, DTYPE)), s, acc, INTERPRETED)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + out_column + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
-        tl.store(
-            out_ptr + t[None, :].to(tl.int64) * out_stride + (out_column + n)[:, None],
-            acc.to(DTYPE),
-            mask=n_ok[:, None] & t_ok[None, :],
-        )
+        to = out_ptr + t[None, :].to(tl.int64) * out_stride + (out_column + n)[:, None]
+        inside = n_ok[:, None] & t_ok[None, :]
+        if ADD:
+            acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to, acc.to(DTYPE), mask=inside)
         leave(ready_ptr, COLUMN_TILES)
 
 
@@ -186,6 +188,7 @@ def site_decode(
     pool: LoraPool,
     routing: DeviceRouting,
     plan: SitePlan,
+    add: bool = False,
 ) -> None:
     """One launch."""
     columns = pool.column_tiles(plan.block_n)
@@ -227,6 +230,7 @@ def site_decode(
             "BASE_K": plan.base_k,
             "EVEN_BASE": pool.in_features % plan.base_k == 0,
             "HAS_BIAS": bias is not None,
+            "ADD": add,
         },
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
@@ -301,6 +305,7 @@ def _aot_cases() -> list[AotCase]:
             "EVEN_K": True,
             "EVEN_BASE": True,
             "HAS_BIAS": False,
+            "ADD": slices == 1,  # as the projections that end at the residual
             "bias_ptr": None,
             "INTERPRETED": False,
         }

@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 LABELS = (5, 9, 300)
 MAX_LEN, BLOCK_SIZE, NUM_BLOCKS = 96, 4, 64
 OPTIONS: dict[str, Any] = {
-    "max_num_batched_tokens": 48,
+    "max_num_batched_tokens": 24,
     "max_num_seqs": 4,
     "block_size": BLOCK_SIZE,
     "max_loras": 2,
@@ -60,8 +60,8 @@ class Machine:
     def rank(self, adapter: AdapterRef | None = None, seed: int = 0) -> Request:
         """A job with three candidates of different lengths."""
         draw = np.random.default_rng(seed)
-        segments = [Segment(draw.integers(3, 400, 21).tolist())]
-        segments += [Segment(draw.integers(3, 400, n).tolist(), parent=0, scored=True) for n in (1, 9, 6)]
+        segments = [Segment(draw.integers(3, 400, 13).tolist())]
+        segments += [Segment(draw.integers(3, 400, n).tolist(), parent=0, scored=True) for n in (1, 7, 4)]
         return self.add(RequestKind.SCORE, segments, adapter, label_token_ids=LABELS)
 
     def generate(self, num_prompt: int, max_tokens: int, adapter: AdapterRef | None = None, **params: Any) -> Request:

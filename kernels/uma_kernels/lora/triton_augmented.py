@@ -116,10 +116,11 @@ def augmented_kernel(
         tl.store(to, sums.to(DTYPE), inside_out)
 
 
-def tile_for(tokens: int, x: torch.Tensor, pool: LoraPool) -> Tile:
+def tile_for(tokens: int, x: torch.Tensor, pool: LoraPool, add: bool) -> Tile:
     """That of the plain product. It decides speed, never a bit of the result."""
     sms, capability = device_limits(x.device)
-    return EMULATED if interpreted() else plan(tokens, pool.out_features, x.dtype, sms, capability)
+    tile = EMULATED if interpreted() else plan(tokens, pool.out_features, x.dtype, sms, capability)
+    return WIDE[1] if add and tile is WIDE[0] else tile  # the largest has no registers left for what it adds to
 
 
 def augmented(
@@ -139,7 +140,7 @@ def augmented(
     if scales is not None:
         x, x_scales = quantize_rows(x)
     sms, capability = device_limits(x.device)
-    tile = tile or tile_for(tokens, x, pool)
+    tile = tile or tile_for(tokens, x, pool, add)
     depth = max(16, tile.depth // data.element_size())
     tma = tile.tma and capability >= 9 and data.dtype is not torch.float32 and fits_tma(x) and fits_tma(data)
     a: Any = x
@@ -198,7 +199,7 @@ def _case(
 AOT_CASES = [
     *(_case(f"{t.rows}x{t.columns}", t, "bf16", True) for t in WIDE),
     *(_case(f"narrow-{t.rows}x{t.columns}", t, "bf16", True) for t in NARROW),
-    _case("128x256", WIDE[0], "bf16", True, slices=1, add=True),
+    _case("128x128", WIDE[1], "bf16", True, slices=1, add=True),
     _case("narrow-64x32", NARROW[2], "bf16", True, slices=1, add=True),
     _case("128x256", WIDE[0], "fp16", True, slices=1),
     _case("128x256", WIDE[0], "fp8e4nv", True),

@@ -43,7 +43,7 @@ doctor: $(STAMP)  ## what was found on this machine
 test: $(VENV)/.dev-installed  ## all tests, but for those of GPU kernels
 	$(BIN)/python -m pytest -q -m 'not interpreted'
 
-# Two processes: an interpreted kernel uses one CPU.
+# Two processes: an interpreted kernel uses one CPU. A machine with a GPU runs bench/gpu.sh instead.
 test-gpu-kernels: $(VENV)/.dev-installed  ## GPU kernels without a GPU: interpreted against the reference, compiled for sm_80 and sm_90
 	$(BIN)/python -m pytest -q -m interpreted -n 2 --dist worksteal
 

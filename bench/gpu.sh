@@ -67,7 +67,8 @@ run_part() {
     tests) run_tests ;;
     sanitizer) run_sanitizer ;;
     runner)
-      "$python" -m pytest -q tests/engine/test_device_runner.py -p no:cacheprovider -o addopts= -W ignore --tb=short &&
+      "$python" -m pytest -q tests/engine/test_device_runner.py tests/engine/test_step_graphs.py -p no:cacheprovider -o addopts= \
+        -W ignore --tb=short &&
         "$python" -m bench.gpu.runner --quick
       ;;
     *) "$python" -m "bench.gpu.$1" --quick ;;

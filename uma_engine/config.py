@@ -10,12 +10,13 @@ from typing import Any
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = ["DEVICES", "DTYPES", "MODES", "PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
+__all__ = ["DEVICES", "DTYPES", "LORA_STORAGES", "MODES", "PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
 
 PRECISIONS = ("exact", "near", "fast")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES = ("audit", "fast")
+LORA_STORAGES = ("dense", "fp8", "int4")
 
 MAY_BE_ZERO = frozenset({"max_loras", "seed"})
 MAX_INT = {
@@ -52,6 +53,8 @@ class EngineConfig:
     dtype: str = "auto"  # of weights, activations and KV cache. "auto": float32 on the CPU, bfloat16 on a GPU
     # Matrix products on a GPU. "audit": a score has the same bits in any company; "fast": the vendor's library chooses
     mode: str = "audit"
+    # Adapters in a GPU's memory. "dense": in `dtype`; "fp8", "int4": a scale for each rank row, a half or a quarter of 16 bits
+    lora_storage: str = "dense"
     gpu_memory_utilization: float = 0.9  # share of the device's memory that the engine may fill
     enforce_eager: bool = False  # never replay CUDA graphs
 
@@ -73,7 +76,13 @@ class EngineConfig:
                     )
             elif f.type == "bool" and not isinstance(value, bool):
                 raise InvalidRequest(f"`{f.name}` is `{value!r}` but must be True or False", param=f.name)
-        for name, accepted in (("precision", PRECISIONS), ("device", DEVICES), ("dtype", DTYPES), ("mode", MODES)):
+        for name, accepted in (
+            ("precision", PRECISIONS),
+            ("device", DEVICES),
+            ("dtype", DTYPES),
+            ("mode", MODES),
+            ("lora_storage", LORA_STORAGES),
+        ):
             if getattr(self, name) not in accepted:
                 raise InvalidRequest(
                     f"`{name}` is `{getattr(self, name)}` but must be one of {', '.join(accepted)}", param=name
@@ -87,6 +96,12 @@ class EngineConfig:
         if self.device == "cpu" and self.dtype not in ("auto", "float32"):
             raise InvalidRequest(
                 f"`dtype` is `{self.dtype}` but the CPU computes in float32", hint="leave it out", param="dtype"
+            )
+        if self.device == "cpu" and self.lora_storage != "dense":
+            raise InvalidRequest(
+                f"`lora_storage` is `{self.lora_storage}` but the CPU keeps adapters in float32",
+                hint="leave it out",
+                param="lora_storage",
             )
 
     @property

@@ -28,7 +28,9 @@ import torch
 
 from bench.gpu import anchors
 from bench.gpu.anchors import Problem
-from uma_kernels.lora import DeviceRouting, LoraPool, plans, triton_kernel, triton_site
+from bench.gpu.harness import require_gpu
+from uma_kernels.linear import linear, pack
+from uma_kernels.lora import DeviceRouting, LoraPool, plans, triton_augmented, triton_kernel, triton_site
 from uma_kernels.lora.plans import PairPlan, SitePlan
 
 SITES: dict[str, tuple[int, tuple[int, ...]]] = {
@@ -321,6 +323,14 @@ def site_cell(clock: Clock, args: argparse.Namespace, part: str, site: str, toke
     enter("shrink beside product", lambda i: lambda: overlapped(i))
     if part == "prefill" or not args.quick:
         enter("update then beta=1", lambda i: lambda: update_first(i))
+    packed = [pack(weight) for weight in weights]
+
+    def tile_by_tile(i: int) -> None:
+        triton_kernel.run_pair(xs[i], outs[i], pools[i], routing, plan, shrink=True, expand=False)
+        triton_augmented.augmented(xs[i], packed[i], None, outs[i], pools[i], routing)
+
+    enter("base product, audit", lambda i: lambda: linear(xs[i], packed[i], out=outs[i]), lora=False)
+    enter("augmented tiles", lambda i: lambda: tile_by_tile(i))
     if x_aug.shape[1] <= 1.5 * k:
         augmented = triton_site.AugmentedWeight(weights[0], first)
         augmented.load()
@@ -333,12 +343,11 @@ def site_cell(clock: Clock, args: argparse.Namespace, part: str, site: str, toke
         enter("augmented K", lambda i: lambda: many[i].run(x_augs[i], outs[i], routing, plan))
     if tokens <= 64:
         for site_plan in site_plans(tokens, k, n, args.quick):
-            columns = triton_site.column_tiles(first, site_plan.block_n)
             enter(
                 f"one launch n{site_plan.block_n} k{site_plan.base_k} w{site_plan.num_warps} s{site_plan.num_stages}",
-                lambda i, c=columns, p=site_plan: (
+                lambda i, p=site_plan: (
                     lambda: triton_site.site_decode(  # type: ignore[misc]
-                        xs[i], weights[i], outs[i], pools[i], routing, c, p
+                        xs[i], weights[i], None, outs[i], pools[i], routing, p
                     )
                 ),
             )
@@ -456,8 +465,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", choices=["pair", "site", "prefill", "routing"])
     parser.add_argument("--compile-only", action="store_true")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("this needs a GPU")
+    require_gpu()
     args.part = args.part or ["pair", "site", "prefill", "routing"]
     sites = args.site or [site for site in SITES if site.startswith("8B") or not args.quick]
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 """The whole engine on a GPU, over models of real shapes with random weights.
 
-    python -m bench.gpu.runner [--quick] [--only check ranking memory decode host]
+    python -m bench.gpu.runner [--quick] [--only check ranking graphs memory decode host]
 
 Knows workloads, clocks and the peer; does not know kernels. The peer is transformers, scoring each candidate's whole prompt
 (bf16, sdpa, last token's logits only) at the best of several batch sizes. Scores are checked against a plain fp32 run of the
@@ -149,6 +149,37 @@ def ranking(shape: ModelConfig, quick: bool) -> None:
     )
 
 
+def graphs(shape: ModelConfig, quick: bool) -> None:
+    """600/250/100 with the graphs of scoring steps and without, in turn: the host's part shows where steps are small."""
+    sizes, rng = (JOB, CANDIDATE, COUNT), np.random.default_rng(1)
+    for budget in (1024, 8192) if quick else (1024, 2048, 4096, 8192):
+        options: dict[str, Any] = {"max_num_batched_tokens": budget, "kv_cache_bytes": 2**30}
+        start = time.perf_counter()
+        engines = {"graphs": make_engine(shape, **options)}
+        captured = time.perf_counter() - start
+        engines["eager"] = make_engine(shape, enforce_eager=True, **options)
+        times: dict[str, list[float]] = {name: [] for name in engines}
+        for turn in range(8):
+            for name, engine in engines.items():
+                work = [requests(rng, shape, sizes) for _ in range(2)]
+                start = time.perf_counter()
+                for waiter in [engine.score(*one, LABELS) for one in work]:
+                    waiter.wait()
+                if turn >= 2:
+                    times[name].append((time.perf_counter() - start) / len(work))
+        ratios = [e / g for e, g in zip(times["eager"], times["graphs"], strict=True)]
+        report(
+            "graphs of scoring steps",
+            max_num_batched_tokens=budget,
+            ms_graphs=statistics.median(times["graphs"]) * 1e3,
+            ms_eager=statistics.median(times["eager"]) * 1e3,
+            times=statistics.median(ratios),
+            seconds_to_start=captured,
+        )
+        for engine in engines.values():
+            engine.close()
+
+
 def transformers_pointwise(shape: ModelConfig, sizes: tuple[int, int, int], quick: bool) -> float:
     """Seconds that transformers needs for one job and all its candidates, at its best batch size."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -274,7 +305,7 @@ def host(shape: ModelConfig, quick: bool) -> None:
     engine.close()
 
 
-PARTS = ("check", "ranking", "memory", "decode", "host")
+PARTS = ("check", "ranking", "graphs", "memory", "decode", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -289,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work: dict[str, Callable[[], None]] = {
         "check": lambda: check(shape),
         "ranking": lambda: ranking(shape, args.quick),
+        "graphs": lambda: graphs(shape, args.quick),
         "memory": lambda: memory(shape),
         "decode": lambda: decode(("qwen3-8b",) if args.quick else ("qwen3-8b", "llama-3.1-8b"), args.quick),
         "host": lambda: host(shape, args.quick),

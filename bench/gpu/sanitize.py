@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 import torch
 
+from bench.gpu.harness import require_gpu
+
 BF16 = torch.bfloat16
 
 
@@ -34,7 +36,8 @@ def linear() -> None:
 
 
 def lora() -> None:
-    from uma_kernels.lora import DeviceRouting, LoraPool, lora_merged
+    from uma_kernels.linear import pack
+    from uma_kernels.lora import DeviceRouting, LoraPool, lora_linear, lora_merged
 
     k, slices, slots = 1024, (128, 64, 64), 5
     for storage in ("dense", "fp8", "int4"):
@@ -42,11 +45,15 @@ def lora() -> None:
         for slot, rank in enumerate((8, 16, 33)):
             pool.load(slot, [(randn(rank, k), randn(n, rank), 0.5) if n != 64 or slot else None for n in slices])
         routing = DeviceRouting(400, slots, [pool])
+        weight, bias = randn(sum(slices), k), randn(sum(slices))
+        sites = [pack(weight, mode=mode) for mode in ("audit", "fast")]  # one form for all rows; one launch for few
         for tokens in (1, 16, 63, 256, 400):
             routing.build(torch.randint(-1, slots, (tokens,), dtype=torch.int32))
             x, out = randn(tokens, k), randn(tokens, sum(slices))
             for _ in range(2):  # the second run meets the counters that the first left behind
                 lora_merged(x, out, pool, routing)
+                for site in sites:
+                    lora_linear(x, site, bias, out, pool, routing)
 
 
 def attention() -> None:
@@ -120,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run each GPU kernel on small tensors.")
     parser.add_argument("ops", nargs="*", help="default: all")
     chosen = parser.parse_args().ops or list(OPS)
+    require_gpu()
     torch.manual_seed(0)
     failed = []
     with torch.device("cuda"), torch.inference_mode():

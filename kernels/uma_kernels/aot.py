@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, for GPUs that need not be there, and reads what the compiler made of it.
 
-    python -m uma_kernels.aot [--only WORD] [--arch 80 90] [--json]
+    python -m uma_kernels.aot [--only WORD...] [--arch 80 90] [--json]
 
 Knows kernels, signatures and what a cubin says of itself; does not know what a kernel computes, nor run one.
 
@@ -87,16 +87,18 @@ def cases(module: str) -> Sequence[AotCase]:
     return getattr(import_module(module), "AOT_CASES", ())
 
 
-def compile_all(only: str = "", architectures: Sequence[int] = ARCHITECTURES, processes: int = 2) -> list[AotResult]:
-    """Compile the cases whose `op/name` contains `only`, in new processes without the interpreter."""
-    op = only.split("/")[0]
-    named = [name for name in modules() if name.split(".")[1] == op]  # others need not even be importable
+def compile_all(
+    only: Sequence[str] = (), architectures: Sequence[int] = ARCHITECTURES, processes: int = 2
+) -> list[AotResult]:
+    """Compile the cases whose `op/name` contains one of `only`, in new processes without the interpreter; none: all."""
+    ops = {word.split("/")[0] for word in only}
+    named = [name for name in modules() if name.split(".")[1] in ops]  # others need not even be importable
     wanted = [
         (module, index, arch)
         for module in named or modules()
         for index, case in enumerate(cases(module))
         for arch in architectures
-        if only in f"{module.split('.')[1]}/{case.name}" and case.only in (None, arch)
+        if case.only in (None, arch) and any(word in f"{module.split('.')[1]}/{case.name}" for word in only or [""])
     ]
     os.environ.pop("TRITON_INTERPRET", None)
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
@@ -173,7 +175,7 @@ def table(results: Sequence[AotResult]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="part of `op/kernel`")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="parts of `op/kernel`")
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES))
     parser.add_argument("--json", action="store_true", help="one line of JSON in place of the table")
     args = parser.parse_args()

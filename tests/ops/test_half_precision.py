@@ -44,6 +44,11 @@ def test_linear(tokens: int, rows: int, width: int, dtype: torch.dtype, backend:
     assert (wide[:, 3 + rows :] == 7).all()
     ids = torch.randint(rows, (5,))
     assert_exact(gather_rows(packed, ids), w[ids])
+    before = torch.randn(tokens, rows).to(dtype)
+    out = before.clone()
+    linear(x, packed, bias, out, add=True)
+    true = F.linear(x.double(), w.double(), bias.double()) + before.double()
+    assert_reduction(out, F.linear(x, w, bias) + before, true, dtype)
 
 
 @triton_only
@@ -79,6 +84,10 @@ def test_both_modes_multiply(mode: str, backend: str) -> None:
         out = torch.zeros(9, 50, dtype=dtype)[:, 4:44]
         linear(args[0], pack(args[1], mode=mode), args[2], out)
         assert_reduction(out, F.linear(*args), F.linear(*(v.double() for v in args)), dtype)
+        before = out.clone()
+        linear(args[0], pack(args[1], mode=mode), args[2], out, add=True)
+        true = F.linear(*(v.double() for v in args)) + before.double()
+        assert_reduction(out, F.linear(*args) + before, true, dtype)
 
 
 @both

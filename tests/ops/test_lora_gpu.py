@@ -10,7 +10,18 @@ import torch
 from tests.conftest import BACKENDS
 from uma_kernels import dispatch
 from uma_kernels.check import ShapeError
-from uma_kernels.lora import DeviceRouting, LoraPool, LoraRouting, LoraSlice, PoolFull, lora_merged, pack_lora, plans
+from uma_kernels.linear import FP8, PackedLinear, linear, pack
+from uma_kernels.lora import (
+    DeviceRouting,
+    LoraPool,
+    LoraRouting,
+    LoraSlice,
+    PoolFull,
+    lora_linear,
+    lora_merged,
+    pack_lora,
+    plans,
+)
 from uma_kernels.lora.pool import Factors
 from uma_kernels.lora.routing import chunk_rows
 from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction, with_sentinels
@@ -303,25 +314,151 @@ def test_slices_without_a_pool_are_separate_updates(backend: str) -> None:
         assert_reduction(out, update.float(), update)
 
 
-@pytest.mark.parametrize(("tokens", "slices"), [(1, (64,)), (9, (64, 32, 32)), (20, (48, 48))])
-def test_site_in_one_launch_matches_fp64(backend: str, tokens: int, slices: tuple[int, ...]) -> None:
-    from uma_kernels.lora import triton_site
+def by_form(
+    form: str,
+    x: torch.Tensor,
+    weight: PackedLinear,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    pool: LoraPool,
+    routing: DeviceRouting,
+    add: bool = False,
+) -> None:
+    """A site in one form, whatever the plans say."""
+    from uma_kernels.lora import triton_augmented, triton_kernel, triton_site
 
-    k, dtype = 1056, torch.bfloat16
-    adapters = [random_factors(k, slices, [16 + 4 * i] * len(slices), dtype) for i in range(3)]
+    if form == plans.DECODE:
+        plan = plans.SitePlan(block_n=16, base_k=128, shrinkers=8) if not ON_GPU else plans.SitePlan()
+        triton_site.site_decode(x, weight.data, bias, out, pool, routing, plan, add)
+    else:
+        pair = plans.pair_plan(len(x), x.element_size())
+        triton_kernel.run_pair(x, out, pool, routing, pair, shrink=True, expand=False)
+        triton_augmented.augmented(x, weight, bias, out, pool, routing, add)
+
+
+# K, slices, ranks of each adapter's slices, rows: one row and slice; K, widths and ranks that fill no tile; more rows than a tile.
+SITES = [
+    (33, (7,), ((5,), (1,)), 1),
+    (70, (34, 98), ((5, 17), (16, 0), (0, 0)), 21),
+    (1056, (48, 16, 16), ((16, 3, 33), (0, 8, 1)), 9),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", [plans.AUGMENTED, plans.DECODE])
+@pytest.mark.parametrize(("k", "slices", "ranks", "tokens"), SITES, ids=["one", "odd", "split-k"])
+def test_a_whole_site_matches_fp64(
+    backend: str,
+    dtype: torch.dtype,
+    form: str,
+    k: int,
+    slices: tuple[int, ...],
+    ranks: tuple[tuple[int, ...], ...],
+    tokens: int,
+) -> None:
+    adapters = [random_factors(k, slices, r, dtype) for r in ranks]
     pool = make_pool(k, slices, adapters, dtype)
-    mapping = [t % 4 - 1 if tokens > 1 else 1 for t in range(tokens)]
-    x = torch.randn(tokens, k).to(dtype)
-    weight = (torch.randn(sum(slices), k) * k**-0.5).to(dtype)
-    plan = plans.SitePlan(block_n=16, base_k=128, shrinkers=8)
-    routing = routed(mapping, pool)
+    mapping = [t % (len(ranks) + 1) - 1 if tokens > 1 else 0 for t in range(tokens)]
+    x, w = torch.randn(tokens, k).to(dtype), (torch.randn(sum(slices), k) * k**-0.5).to(dtype)
+    bias = torch.randn(sum(slices)).to(dtype) if tokens != 9 else None
+    weight, routing = pack(w), routed(mapping, pool)
+    routing.shrunk.fill_(float("nan"))
     update = true_update(x, slices, adapters, mapping, torch.float64)
-    true = x.double() @ weight.double().T + update
-    torch_result = (x @ weight.T + update.to(dtype)).to(dtype)
-    for _ in range(2):  # the counters are back at 0 after the first
+    added = 0.0 if bias is None else bias.double()
+    true = x.double() @ w.double().T + added + update
+    torch_result = (x @ w.T + update.to(dtype) + (0 if bias is None else bias)).to(dtype)
+    before = torch.randn(true.shape).to(dtype)
+    for add in (False, True):  # the counters are back at 0 after the first
         with with_sentinels(true.shape, dtype) as out:
-            triton_site.site_decode(x, weight, out, pool, routing, triton_site.column_tiles(pool, plan.block_n), plan)
-            assert_reduction(out, torch_result, true, dtype)
+            out.copy_(before if add else torch.full_like(before, float("nan")))
+            by_form(form, x, weight, bias, out, pool, routing, add)
+            kept = before if add else torch.zeros_like(before)
+            assert_reduction(out, torch_result + kept, true + kept.double(), dtype)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int4"])
+def test_a_site_takes_stored_factors_and_8_bit_weights(backend: str, storage: str) -> None:
+    k, slices, dtype = 96, (64, 32), torch.bfloat16
+    adapters = [random_factors(k, slices, (16, 20), dtype) for _ in range(2)]
+    pool = make_pool(k, slices, adapters, dtype, storage)
+    stored = [stored_factors(pool, slot, factors) for slot, factors in enumerate(adapters)]
+    x, w = torch.randn(18, k).to(dtype), (torch.randn(96, k) * k**-0.5).to(dtype)
+    mapping = [t % 3 - 1 for t in range(18)]
+    update = true_update(x, slices, stored, mapping, torch.float64)
+    for weight in (pack(w), pack(w, FP8)):
+        base = linear(x, weight)
+        with with_sentinels((18, 96), dtype) as out:
+            lora_linear(x, weight, None, out, pool, routed(mapping, pool))
+            true = base.double() + update
+            assert_reduction(out, (base + update.to(dtype)).to(dtype), true, dtype)
+            rows = [t for t in range(18) if mapping[t] < 0]
+            assert_invariant(out[rows], base[rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_site_gives_a_row_the_same_bits_in_every_batch(backend: str, dtype: torch.dtype) -> None:
+    """In mode `audit`, beside any adapters; a row of the base has those of the plain product."""
+    k, slices, counts = (96, (48, 32), (1, 5, 17)) if not ON_GPU else (2304, (512, 256), (1, 16, 65, 300, 1030))
+    adapters = [random_factors(k, slices, r, dtype) for r in ((3, 16), (40, 5), (0, 17))]
+    pool, most = make_pool(k, slices, adapters, dtype), 40 if not ON_GPU else 2100
+    x, weight = torch.randn(most, k).to(dtype), pack((torch.randn(sum(slices), k) * k**-0.5).to(dtype))
+    mapping = [t * 5 % 4 - 1 for t in range(most)]
+
+    def run(rows: list[int]) -> torch.Tensor:
+        out = torch.empty(len(rows), sum(slices), dtype=dtype)
+        lora_linear(x[rows].clone(), weight, None, out, pool, routed([mapping[t] for t in rows], pool))
+        return out
+
+    together = run(list(range(most)))
+    for count in counts:
+        rows = torch.randperm(most, device="cpu")[:count].tolist()
+        assert_invariant(run(rows), together[rows])
+    base = [t for t in range(most) if mapping[t] == BASE]
+    assert_invariant(together[base], linear(x[base], weight))
+
+
+@pytest.mark.parametrize("form", [plans.AUGMENTED, plans.DECODE])
+@pytest.mark.parametrize("storage", ["dense", "fp8"])
+def test_factors_that_overflow_end_their_own_rows_alone(backend: str, form: str, storage: str) -> None:
+    """The factors are finite, what is stored of them is not."""
+    k, slices, dtype = 32, (32,), torch.float16
+    good = random_factors(k, slices, (4,), dtype)
+    pool = make_pool(k, slices, [good, good], dtype, storage)
+    x, weight = torch.randn(6, k).to(dtype), pack(torch.randn(32, k).to(dtype))
+    mapping, outs = [0, 1, BASE, 0, 1, BASE], []
+    for lora_b in (torch.ones(32, 4), torch.full((32, 4), 1e30 if storage == "dense" else float("inf"))):
+        pool.load(1, [(torch.ones(4, k), lora_b, 1.0)])
+        outs.append(torch.empty(6, 32, dtype=dtype))
+        by_form(form, x, weight, None, outs[-1], pool, routed(mapping, pool))
+    others = [0, 2, 3, 5]
+    assert_invariant(outs[1][others], outs[0][others])
+    assert torch.isfinite(outs[0]).all()
+    assert not torch.isfinite(outs[1][[1, 4]]).any()
+
+
+def test_a_site_takes_the_form_of_its_mode(backend: str) -> None:
+    """`fast` rounds where its form does; `audit` never changes it."""
+    assert {plans.site_form(t, "audit", True) for t in (1, 64, 65, 10_000)} == {plans.AUGMENTED}
+    assert [plans.site_form(t, "fast", True) for t in (1, 64, 65)] == [plans.DECODE, plans.DECODE, plans.PAIR]
+    assert plans.site_form(1, "fast", False) == plans.PAIR
+    k, slices, dtype = 64, (32, 32), torch.bfloat16
+    adapters = [random_factors(k, slices, (4, 8), dtype)]
+    pool, mapping = make_pool(k, slices, adapters, dtype), [t % 2 - 1 for t in range(70)]
+    w, bias, x = (v.to(dtype) for v in (torch.randn(64, k) * k**-0.5, torch.randn(64), torch.randn(70, k)))
+    for tokens in (3, 70):
+        update = true_update(x[:tokens], slices, adapters, mapping[:tokens], torch.float64)
+        for before in (None, torch.randn(tokens, 64).to(dtype)):
+            out = torch.empty(tokens, 64, dtype=dtype) if before is None else before.clone()
+            lora_linear(
+                x[:tokens], pack(w, mode="fast"), bias, out, pool, routed(mapping[:tokens], pool), before is not None
+            )
+            added = 0 if before is None else before
+            true = x[:tokens].double() @ w.double().T + bias.double() + update + added
+            assert_reduction(out, x[:tokens] @ w.T + bias + update.to(dtype) + added, true, dtype)
+    with pytest.raises(ShapeError):
+        lora_linear(
+            x, pack(w[:, :32].contiguous()), bias, torch.empty(70, 64, dtype=dtype), pool, routed(mapping, pool)
+        )
 
 
 def test_an_augmented_weight_gives_base_and_update(backend: str) -> None:
@@ -409,13 +546,27 @@ def test_a_hundred_launches_give_the_same_bits(backend: str) -> None:
     weight = torch.randn(sum(slices), k).to(dtype)
     routing = routed([t % 9 - 1 for t in range(32)], pool)
     plan = plans.SitePlan(block_n=32, base_k=128)
-    columns = triton_site.column_tiles(pool, plan.block_n)
     outs = [torch.zeros(32, sum(slices), dtype=dtype) for _ in range(4)]
     run_with(True, x, outs[0], pool, routing)
-    triton_site.site_decode(x, weight, outs[1], pool, routing, columns, plan)
+    triton_site.site_decode(x, weight, None, outs[1], pool, routing, plan)
     for _ in range(100):
         outs[2].zero_()
         run_with(True, x, outs[2], pool, routing)
-        triton_site.site_decode(x, weight, outs[3], pool, routing, columns, plan)
+        triton_site.site_decode(x, weight, None, outs[3], pool, routing, plan)
         assert_invariant(outs[2], outs[0])
         assert_invariant(outs[3], outs[1])
+
+
+@gpu_only
+def test_both_forms_of_a_decode_site_have_the_same_bits(backend: str) -> None:
+    """If this holds, `audit` may take the one-launch form for few rows too (plans.site_form)."""
+    k, slices, dtype = 4096, (1024, 256, 256), torch.bfloat16
+    adapters = [random_factors(k, slices, (16, 8, 40), dtype) for _ in range(4)]
+    pool = make_pool(k, slices, adapters, dtype)
+    x, weight = torch.randn(64, k).to(dtype), pack((torch.randn(sum(slices), k) * k**-0.5).to(dtype))
+    for tokens in (1, 16, 64):
+        routing, outs = routed([t % 5 - 1 for t in range(tokens)], pool), []
+        for form in (plans.AUGMENTED, plans.DECODE):
+            outs.append(torch.empty(tokens, sum(slices), dtype=dtype))
+            by_form(form, x[:tokens], weight, None, outs[-1], pool, routing)
+        assert_invariant(outs[1], outs[0])

@@ -61,8 +61,10 @@ class Attention:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         adapters: Adapters | None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [T, K] -> [T, K]; keys and values are written to the cache at the step's slots."""
+        """x [T, K] -> [T, K]; keys and values are written to the cache at the step's slots. With a `residual` the result is
+        added to it in place, and it is returned."""
         routing = batch.lora_routing
         if isinstance(self.qkv_proj, MergedLinear):
             qkv = self.qkv_proj(x, routing, adapters)
@@ -74,7 +76,7 @@ class Attention:
         q, (k, v) = self._queries(q), self._keys_and_values(kv)
         rope(q, k, batch.positions, self.table)
         kv_cache.write(k, v, k_cache, v_cache, batch.slot_mapping)
-        return self._output(self._attend(q, k, v, batch, k_cache, v_cache), routing, adapters)
+        return self._output(self._attend(q, k, v, batch, k_cache, v_cache), routing, adapters, residual)
 
     def of_output_rows(
         self,
@@ -84,8 +86,9 @@ class Attention:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
         adapters: Adapters | None,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [T, K] -> [R, K]: keys and values of every row, queries of the output rows alone."""
+        """x [T, K] -> [R, K]: keys and values of every row, queries of the output rows alone; `residual` [R, K] as above."""
         assert isinstance(self.qkv_proj, tuple)
         q_proj, kv_proj = self.qkv_proj
         k, v = self._keys_and_values(kv_proj(x, batch.lora_routing, adapters))
@@ -96,7 +99,7 @@ class Attention:
         rope(q, q[:, :0], batch.positions.index_select(0, rows), self.table)
         s = self.shape
         out = tree_attention(q, k, v, k_cache, v_cache, last_attention, s.scale, s.window)
-        return self._output(out, routing, adapters)
+        return self._output(out, routing, adapters, residual)
 
     def _queries(self, q: torch.Tensor) -> torch.Tensor:
         q = q.view(q.shape[0], self.shape.num_heads, self.shape.head_dim)
@@ -135,5 +138,8 @@ class Attention:
             tree_attention(q[n:], k, v, k_cache, v_cache, batch.attention, s.scale, s.window, out[n:])
         return out
 
-    def _output(self, out: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
-        return self.o_proj(out.view(out.shape[0], self.shape.num_heads * self.shape.head_dim), routing, adapters)
+    def _output(
+        self, out: torch.Tensor, routing: Routing | None, adapters: Adapters | None, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        joined = out.view(out.shape[0], self.shape.num_heads * self.shape.head_dim)
+        return self.o_proj(joined, routing, adapters, residual)

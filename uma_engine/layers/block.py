@@ -19,7 +19,8 @@ __all__ = ["Block"]
 class Block:
     """Pre-norm block; with `post_attention_norm` and `post_mlp_norm` also each part's output is normed before the sum.
 
-    The output of the MLP is not yet added: it is returned beside the residual, and the next norm adds it.
+    The output of the MLP is not yet added: it is returned beside the residual, and the next norm adds it. Where products can add
+    what they compute (on a GPU) and no norm comes between, nothing is left to add.
     """
 
     __slots__ = ("attention", "input_norm", "mlp", "mlp_norm", "post_attention_norm", "post_mlp_norm")
@@ -49,15 +50,24 @@ class Block:
         v_cache: torch.Tensor,
         adapters: Adapters | None,
         prune: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) [T, K] -> the same; with `prune` [R, K], the output rows alone. x None: nothing to add yet."""
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(x, residual) [T, K] -> the same; with `prune` [R, K], the output rows alone. x None: nothing is left to add."""
         normed = self.input_norm(residual) if x is None else self.input_norm.add(x, residual)
+        adds = self.post_attention_norm is None and self.post_mlp_norm is None
+        adds = adds and self.attention.o_proj.adds and self.mlp.down_proj.adds
         if prune:
             assert batch.last_attention is not None
-            attended = self.attention.of_output_rows(normed, batch, batch.last_attention, k_cache, v_cache, adapters)
             residual, routing = residual.index_select(0, batch.output_rows), batch.output_lora_routing
+            onto = residual if adds else None
+            attended = self.attention.of_output_rows(
+                normed, batch, batch.last_attention, k_cache, v_cache, adapters, onto
+            )
         else:
-            attended, routing = self.attention(normed, batch, k_cache, v_cache, adapters), batch.lora_routing
+            routing, onto = batch.lora_routing, residual if adds else None
+            attended = self.attention(normed, batch, k_cache, v_cache, adapters, onto)
+        if adds:
+            self.mlp(self.mlp_norm(residual), routing, adapters, residual)
+            return None, residual
         if self.post_attention_norm is not None:
             attended = self.post_attention_norm(attended)
         x = self.mlp(self.mlp_norm.add(attended, residual), routing, adapters)

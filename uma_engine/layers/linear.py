@@ -13,7 +13,7 @@ import torch
 
 from uma_engine.layers.batch_input import Routing
 from uma_kernels.linear import PackedLinear, linear
-from uma_kernels.lora import DeviceRouting, LoraPool, LoraSlice, PackedLora, lora, lora_merged
+from uma_kernels.lora import DeviceRouting, LoraPool, LoraRouting, LoraSlice, PackedLora, lora, lora_linear, lora_merged
 
 __all__ = ["AdapterPools", "AdapterSites", "Adapters", "Linear", "MergedLinear", "Site", "SiteGroup"]
 
@@ -65,14 +65,30 @@ class Linear:
         self.bias = bias
         self.precision = precision
 
-    def __call__(self, x: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
-        """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked."""
-        out = linear(x, self.weight, self.bias, precision=self.precision)
+    @property
+    def adds(self) -> bool:
+        """Whether adding to a residual costs no step of its own."""
+        return self.weight.backend == "triton"
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        routing: Routing | None,
+        adapters: Adapters | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked. With a `residual` [T, N]
+        the result is added to it in place, and it is returned."""
+        if isinstance(routing, DeviceRouting) and adapters is not None:
+            out = residual
+            if out is None:
+                out = torch.empty(x.shape[0], self.weight.shape[0], dtype=x.dtype, device=x.device)
+            pool = cast(AdapterPools, adapters).pool_of(self.site)
+            lora_linear(x, self.weight, self.bias, out, pool, routing, residual is not None)
+            return out
+        out = linear(x, self.weight, self.bias, residual, self.precision, residual is not None)
         if routing is not None and adapters is not None:
-            if isinstance(routing, DeviceRouting):
-                lora_merged(x, out, cast(AdapterPools, adapters).pool_of(self.site), routing)
-            else:
-                lora(x, out, cast(AdapterSites, adapters).sites_of(self.site), routing)
+            lora(x, out, cast(AdapterSites, adapters).sites_of(self.site), cast(LoraRouting, routing))
         return out
 
 
@@ -103,6 +119,10 @@ class MergedLinear:
     def __call__(self, x: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
         """x [T, K] -> [T, N]. `routing` None: no row has an adapter, and `adapters` is not asked."""
         out = torch.empty(x.shape[0], self.width, dtype=x.dtype, device=x.device)
+        if isinstance(routing, DeviceRouting) and adapters is not None and len(self.weights) == 1:
+            pool = cast(AdapterPools, adapters).pool_of(self.sites[0].name)
+            lora_linear(x, self.weights[0], self.biases[0], out, pool, routing)
+            return out
         start = 0
         for weight, bias in zip(self.weights, self.biases, strict=True):
             end = start + weight.shape[0]

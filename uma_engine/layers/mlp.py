@@ -27,6 +27,13 @@ class GatedMLP:
         self.down_proj = down_proj
         self.activation = activation
 
-    def __call__(self, x: torch.Tensor, routing: Routing | None, adapters: Adapters | None) -> torch.Tensor:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        routing: Routing | None,
+        adapters: Adapters | None,
+        residual: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """With a `residual` the result is added to it in place, and it is returned."""
         gated = self.activation(self.gate_up_proj(x, routing, adapters))
-        return self.down_proj(gated, routing, adapters)
+        return self.down_proj(gated, routing, adapters, residual)

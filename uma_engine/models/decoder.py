@@ -95,12 +95,11 @@ class DecoderModel:
         self, batch: BatchInput, kv: KVCacheTensors, adapters: Adapters | None, prune: bool = False
     ) -> torch.Tensor:
         """Hidden states after the last norm, of every row, with `prune` of the output rows."""
-        residual, x = self.embedding(batch.input_ids), None
+        residual, x = self.embedding(batch.input_ids), None  # x: what the next norm adds to the residual
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             x, residual = block(x, residual, batch, kv.k[layer], kv.v[layer], adapters, prune and layer == last)
-        assert x is not None  # a model has at least one layer
-        return self.norm.add(x, residual)
+        return self.norm(residual) if x is None else self.norm.add(x, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden_size] -> logits of the whole vocabulary [R, V], of the weights' dtype."""

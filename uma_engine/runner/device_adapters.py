@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from uma_engine.errors import InvalidRequest
 from uma_engine.layers.linear import SiteGroup
 from uma_kernels.lora import DeviceRouting, LoraPool, PackedLora
 
@@ -31,7 +32,15 @@ class DeviceAdapters:
         max_tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        storage: str = "dense",
     ) -> None:
+        """Errors: InvalidRequest where the device has no 8-bit floats and `storage` asks for them"""
+        if storage == "fp8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise InvalidRequest(
+                f"`lora_storage` is `fp8` but {torch.cuda.get_device_name(device)} has no 8-bit floats",
+                hint="take `int4` or leave it out",
+                param="lora_storage",
+            )
         self._groups = [tuple(site.name for site in members) for _, members in groups]
         self._device = device
         blocks = max_loras * -(-max_rank // 16)
@@ -43,6 +52,7 @@ class DeviceAdapters:
                 blocks,
                 max_rank=max_rank,
                 dtype=dtype,
+                storage=storage,
                 device=device,
             )
             for width, members in groups

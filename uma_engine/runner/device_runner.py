@@ -28,12 +28,13 @@ from uma_engine.runner.memory import DeviceMemory, num_kv_blocks
 from uma_engine.runner.model_runner import Model, not_finite, penalised, sample_tokens, sampling_of
 from uma_engine.runner.prepare import StepArrays, attention_batch, lay_out, leading_decodes
 from uma_engine.runner.staging import Staging
-from uma_kernels.attention import AttentionBatch
+from uma_engine.runner.step_graphs import StepGraphs, on_host
 from uma_kernels.attention.plan import TreePlan, schedule
 
 __all__ = ["DeviceRunner", "Launched"]
 
 MAX_GRAPH_ROWS = 256
+MAX_GRAPH_TOKENS = 8192  # beyond this the device has more to do in a step than the host
 
 
 class DeviceModel(Model, Protocol):
@@ -99,6 +100,7 @@ class DeviceRunner:
         self._staging = Staging(self.device)
         self._kv = KVCacheTensors([], [])
         self._graphs: DecodeGraphs | None = None
+        self._step_graphs: StepGraphs | None = None
         self._labels: dict[tuple[int, ...], torch.Tensor] = {}
         self._batches = (
             attention_batch([], []),
@@ -113,6 +115,7 @@ class DeviceRunner:
                 max_tokens=self._max_tokens,
                 dtype=self._dtype,
                 device=self.device,
+                storage=config.lora_storage,
             )
 
     # ---- memory ----
@@ -131,6 +134,8 @@ class DeviceRunner:
         graphs = 0
         if not self._config.enforce_eager:
             graphs = _peak_of(lambda: self._profile_decode(min(MAX_GRAPH_ROWS, self._config.max_num_seqs)))
+            # Graphs of scoring steps keep what such a step takes beside what one takes that has no graph.
+            graphs = max(graphs, step * min(MAX_GRAPH_TOKENS, self._max_tokens) // self._max_tokens)
         self._new_kv(0)
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
@@ -168,6 +173,18 @@ class DeviceRunner:
             if self.device.type == "cuda":
                 with torch.inference_mode():
                     self._graphs.capture()
+            self._step_graphs = StepGraphs(
+                self._model,
+                self._kv,
+                self.device,
+                max_tokens=min(MAX_GRAPH_TOKENS, self._config.max_num_batched_tokens),
+                adapters=self.adapters,
+                staging=self._staging,
+                memory=self._graphs.memory,
+            )
+            if self.device.type == "cuda":
+                with torch.inference_mode():
+                    self._step_graphs.capture()
         # What lives as long as the engine is not walked by every full collection from now on.
         gc.collect()
         gc.freeze()
@@ -175,7 +192,7 @@ class DeviceRunner:
     def release(self) -> None:
         """Let go of weights, KV cache, graphs and adapters; nothing can run afterwards."""
         self._kv = KVCacheTensors([], [])
-        self._graphs = None
+        self._graphs = self._step_graphs = None
         if self.adapters is not None:
             self.adapters.release()
         self.adapters = None
@@ -272,9 +289,14 @@ class DeviceRunner:
             return Launched(chunks, parts, self._event())
         arrays = lay_out(output, self._config.block_size)
         groups = _group_outputs(arrays.output_chunks)
-        batch, rows_of = self._upload(arrays, list(groups.values()))
-        adapters = self.adapters if batch.lora_routing is not None else None
-        hidden = self._model.forward(batch, self._kv, adapters)
+        hidden = self._step_graphs.run(arrays) if self._step_graphs is not None else None
+        if hidden is None:
+            batch, rows_of = self._upload(arrays, list(groups.values()))
+            adapters = self.adapters if batch.lora_routing is not None else None
+            hidden = self._model.forward(batch, self._kv, adapters)
+        else:
+            several = list(groups.values()) if len(groups) > 1 else []
+            rows_of = self._staging.upload([np.array(rows, np.int64) for rows in several]) or [hidden] * len(groups)
         parts = []
         for (labels, rows), index in zip(groups.items(), rows_of, strict=True):
             wanted = hidden if len(groups) == 1 else hidden.index_select(0, index)
@@ -320,7 +342,7 @@ class DeviceRunner:
         )
         # Layers ask for plans by tile size and window: those of the steps before are made here, and travel with the rest.
         plans = [
-            (batch, key, (*schedule(*_on_host(batch), *key[1:]), _on_host(batch)[2]))
+            (batch, key, (*schedule(*on_host(batch), *key[1:]), on_host(batch)[2]))
             for batch, before in zip(batches, self._batches, strict=True)
             for key in before.plans
         ]
@@ -350,10 +372,6 @@ class DeviceRunner:
             lora_routing=routing,
             output_lora_routing=output_routing,
         ), indices
-
-
-def _on_host(batch: AttentionBatch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return batch.cu_seqlens_q.numpy(), batch.cu_seqlens_k.numpy(), batch.context_slots.numpy()
 
 
 def _group_outputs(chunks: Sequence[ScheduledChunk]) -> dict[tuple[int, ...] | None, list[int]]:

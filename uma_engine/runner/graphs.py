@@ -10,7 +10,7 @@ entries, and whole tables only when the batch has changed. Without CUDA the same
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from uma_engine.runner.device_adapters import DeviceAdapters
     from uma_engine.runner.model_runner import Model
 
-__all__ = ["NOT_FINITE", "DecodeGraphs", "buckets_up_to", "likeliest"]
+__all__ = ["NOT_FINITE", "DecodeGraphs", "buckets_up_to", "likeliest", "recorded"]
+
+Outputs = TypeVar("Outputs")
 
 NOT_FINITE = -1  # in place of a token
 
@@ -73,7 +75,7 @@ class DecodeGraphs:
         self._positions = np.zeros(0, np.int64)
         self._graphs: dict[tuple[int, bool], tuple[Callable[[], None], torch.Tensor, torch.Tensor]] = {}
         self._captured = device.type == "cuda"
-        self._pool: Any = None
+        self.memory: Any = None  # of all graphs
 
     def capture(self) -> None:
         """Capture every bucket, largest first so that the smaller ones fit into its memory."""
@@ -160,17 +162,9 @@ class DecodeGraphs:
         slots.fill_(-1)
         lora_slots.fill_(-1)
         lens.fill_(1)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._step(size, with_adapters)  # compiles
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            tokens, logits = self._step(size, with_adapters)
-        self._pool = self._pool or graph.pool()
+        replay, (tokens, logits), self.memory = recorded(lambda: self._step(size, with_adapters), self.memory)
         self._inputs.copy_(inputs)
-        return graph.replay, tokens, logits
+        return replay, tokens, logits
 
     def _step(self, size: int, with_adapters: bool) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids, positions, places, slots, lora_slots, lens, blocks = self._layouts[size].tensors(self._inputs)
@@ -192,6 +186,19 @@ class DecodeGraphs:
         hidden = self._model.forward(batch, self._kv, self._adapters if with_adapters else None)
         logits = self._model.logits(hidden)
         return likeliest(logits), logits
+
+
+def recorded(step: Callable[[], Outputs], memory: Any) -> tuple[Callable[[], None], Outputs, Any]:
+    """Capture `step`: what replays it, what it returns, overwritten at each replay, and the memory (`memory`, unless None)."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=memory):
+        outputs = step()
+    return graph.replay, outputs, memory or graph.pool()
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -303,7 +303,7 @@ def tree_config(head_dim: int, dtype: torch.dtype, before_sm90: bool | None = No
     """`before_sm90`: None asks the current device."""
     if before_sm90 is None:
         before_sm90 = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
-    if dtype == torch.float32:
+    if dtype == torch.float32 or interpreted():  # small tiles, whose products the interpreter multiplies out
         table = TREE_CONFIGS_FP32_BEFORE_SM90 if before_sm90 else TREE_CONFIGS_FP32
     else:
         table = TREE_CONFIGS_BEFORE_SM90 if before_sm90 else TREE_CONFIGS
@@ -311,7 +311,7 @@ def tree_config(head_dim: int, dtype: torch.dtype, before_sm90: bool | None = No
 
 
 def decode_config(head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-    table = DECODE_CONFIGS_FP32 if dtype == torch.float32 else DECODE_CONFIGS
+    table = DECODE_CONFIGS_FP32 if dtype == torch.float32 or interpreted() else DECODE_CONFIGS
     return table[_padded(head_dim)]
 
 

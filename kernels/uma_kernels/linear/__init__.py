@@ -98,9 +98,10 @@ def linear(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     precision: str = "exact",
+    add: bool = False,
 ) -> torch.Tensor:
     """
-    Semantics:  out = x @ w.T + bias. `precision` says in which arithmetic:
+    Semantics:  out = x @ w.T + bias, with `add` out += x @ w.T + bias. `precision` says in which arithmetic:
                 `exact`  fp32; a quantised weight counts as its dequantised fp32 value
                 `near`   of each row of x and each block of the weight (`block_size` k): scale_x = max |x| / 32767,
                          q_x = round_half_even(x * (32767 / max |x|)), 16-bit integers; then, block after block,
@@ -118,8 +119,9 @@ def linear(
     Numerics:   all in cpp: batch-invariant: the order of summing depends on K alone (csrc/cpu/linear_tile.h, linear_near.h,
                 linear_fast.h). `exact`: REDUCTION against fp64. `near`, `fast`: REDUCTION against the fp64 value of what is
                 said above; NEAR, FAST against the fp64 product with x as it is. triton: fp32 sums, rounded once to the
-                dtype; batch-invariant in mode `audit`: one chain over K, whatever T (triton_kernel.py)
-    Errors:     ShapeError when shapes or dtypes do not fit, ValueError for another precision
+                dtype, with `add` after the addition; batch-invariant in mode `audit`: one chain over K, whatever T
+                (triton_kernel.py)
+    Errors:     ShapeError when shapes or dtypes do not fit, ValueError for another precision, or for `add` without `out`
     Source:     panels and register tiles as in BLIS (Van Zee and van de Geijn, ACM TOMS 41(3), 2015); integer products with
                 sums of x for the minima as in ggml's Q8_1 (github.com/ggml-org/ggml), with 16 bits in place of 8
     """
@@ -129,7 +131,11 @@ def linear(
         check("bias", bias, (rows,), weight.dtype)
     if precision not in PRECISIONS:
         raise ValueError(f"`precision` is `{precision}` but must be one of {', '.join(PRECISIONS)}")
+    if add and out is None:
+        raise ValueError("`add` needs an `out` to add to")
     out = out_like("out", out, (x.shape[0], rows), x, strided=True)
+    if add and weight.backend != "triton":
+        return out.add_(linear(x, weight, bias, precision=precision))
     if weight.backend == "cpp":
         {"exact": cpp.linear, "near": cpp.linear_near, "fast": cpp.linear_fast}[precision](
             x, weight.data, weight.handle, bias, out
@@ -137,7 +143,7 @@ def linear(
     elif weight.backend == "triton":
         from uma_kernels.linear import triton_kernel
 
-        triton_kernel.linear(x, weight.data, weight.scales, bias, out, weight.mode)
+        triton_kernel.linear(x, weight.data, weight.scales, bias, out, weight.mode, add)
     elif precision != "exact" and weight.blocks is not None:
         (reference.linear_near if precision == "near" else reference.linear_fast)(x, weight.blocks, bias, out)
     else:

@@ -47,7 +47,7 @@ WIDE = (
 NARROW = (Tile(64, 128, 128, 4, 6), Tile(64, 64, 256, 4, 5), Tile(64, 32, 256, 4, 6), Tile(64, 16, 512, 4, 5))
 FP32 = Tile(32, 128, 64, 8, 2)
 AMPERE = (Tile(128, 128, 128, 8, 3), Tile(64, 64, 128, 4, 4))
-EMULATED = Tile(16, 32, 128, 4, 2)  # small: its products are multiplied out
+EMULATED = Tile(32, 64, 256, 4, 2)  # each program and each step of K costs the interpreter milliseconds
 
 
 def plan(tokens: int, rows: int, dtype: torch.dtype, sms: int, capability: int) -> Tile:
@@ -70,11 +70,13 @@ def plan(tokens: int, rows: int, dtype: torch.dtype, sms: int, capability: int) 
 def matmul_kernel(
     x, w, bias, x_scales, w_scales, out, T, N, K, stride_x, stride_w, stride_out,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
+    PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """out = (x @ w.T) * x_scales * w_scales + bias. Each program takes every num_programs-th tile, GROUP tiles of rows at a
-    time, so that neighbours share what the L2 holds. INTERPRETED: the
-    interpreter's dot has no 16-bit types, and in its BLAS the place of a row in a tile decides its bits."""
+    """out = (x @ w.T) * x_scales * w_scales + bias, with ADD added to what `out` holds before it is rounded.
+
+    Each program takes every num_programs-th tile, GROUP tiles of rows at a time, so that neighbours share what the L2 holds.
+    INTERPRETED: the interpreter's dot has no 16-bit types, and in its BLAS the place of a row in a tile decides its bits.
+    """
     tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PERSISTENT):
         group = tile // (GROUP * tiles_n)
@@ -110,7 +112,10 @@ def matmul_kernel(
         if HAS_BIAS:
             sums += tl.load(bias + offs_n, in_n, 0.0).to(tl.float32)[None, :]
         to = out + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
-        tl.store(to, sums.to(out.dtype.element_ty), (offs_m[:, None] < T) & in_n[None, :])
+        inside_out = (offs_m[:, None] < T) & in_n[None, :]
+        if ADD:
+            sums += tl.load(to, inside_out, 0.0).to(tl.float32)
+        tl.store(to, sums.to(out.dtype.element_ty), inside_out)
 
 
 @triton.jit
@@ -170,6 +175,7 @@ def linear(
     bias: torch.Tensor | None,
     out: torch.Tensor,
     mode: str = "audit",
+    add: bool = False,
     tile: Tile | None = None,
 ) -> None:
     """`tile` is for benches that look for a better one."""
@@ -179,7 +185,7 @@ def linear(
     if scales is not None:
         x, x_scales = quantize_rows(x)
     if mode == "fast":
-        _library(x, data, x_scales, scales, bias, out)
+        _library(x, data, x_scales, scales, bias, out, add)
         return
     tokens, width = x.shape
     rows = data.shape[0]
@@ -197,7 +203,7 @@ def linear(
     matmul_kernel[(min(tiles, sms) if tile.persistent and tma else tiles,)](
         a, b, bias, x_scales, scales, out, tokens, rows, width, x.stride(0), data.stride(0), out.stride(0),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=8, TMA=tma, PERSISTENT=tile.persistent and tma,
-        HAS_BIAS=bias is not None, SCALED=scales is not None, INTERPRETED=interpreted(),
+        HAS_BIAS=bias is not None, SCALED=scales is not None, ADD=add, INTERPRETED=interpreted(),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -214,13 +220,20 @@ def _library(
     scales: torch.Tensor | None,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    add: bool,
 ) -> None:
     """cuBLAS, which takes another kernel, and other bits, for another number of rows."""
+    if add and bias is not None:
+        out.add_(bias)
+        bias = None
     if x_scales is not None and scales is not None:
         product = torch._scaled_mm(
             x, data.T, x_scales[:, None], scales[None, :], out_dtype=torch.bfloat16, use_fast_accum=False
         )
-        out.copy_(product if bias is None else product + bias)
+        product = product if bias is None else product + bias
+        out.copy_(out + product if add else product)
+    elif add:
+        torch.addmm(out, x, data.T, out=out)
     elif bias is None:
         torch.mm(x, data.T, out=out)
     else:
@@ -237,7 +250,7 @@ def gather_rows(data: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tens
     )
 
 
-def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = False) -> AotCase:
+def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = False, add: bool = False) -> AotCase:
     scaled = dtype == "fp8e4nv"
     size = {"fp32": 4, "fp8e4nv": 1}.get(dtype, 2)
     depth = max(16, tile.depth // size)
@@ -247,13 +260,13 @@ def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = Fals
     }
     constexprs: dict[str, Any] = {
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "GROUP": 8, "TMA": tma, "PERSISTENT": tma and tile.persistent,
-        "HAS_BIAS": bias, "SCALED": scaled, "INTERPRETED": False,
+        "HAS_BIAS": bias, "SCALED": scaled, "ADD": add, "INTERPRETED": False,
     }  # fmt: skip
     constexprs |= {} if bias else {"bias": None}
     constexprs |= {} if scaled else {"x_scales": None, "w_scales": None}
     out = "bf16" if scaled else dtype
     return AotCase(
-        f"matmul-{name}-{dtype}" + ("-tma" if tma else ""),
+        f"matmul-{name}-{dtype}" + ("-tma" if tma else "") + ("-add" if add else ""),
         matmul_kernel,
         {
             **kind, "bias": f"*{out}", "x_scales": "*fp32", "w_scales": "*fp32", "out": f"*{out}",
@@ -270,10 +283,12 @@ def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = Fals
 AOT_CASES = [
     *(_matmul_case(f"{t.rows}x{t.columns}", t, "bf16", True) for t in WIDE),
     *(_matmul_case(f"narrow-{t.rows}x{t.columns}", t, "bf16", True, bias=t.columns == 32) for t in NARROW),
+    _matmul_case("128x256", WIDE[0], "bf16", True, add=True),
+    _matmul_case("narrow-64x32", NARROW[2], "bf16", True, add=True),
     _matmul_case("128x256", WIDE[0], "fp16", True),
     _matmul_case("128x256", WIDE[0], "fp8e4nv", True),
     _matmul_case("narrow-64x32", NARROW[2], "fp8e4nv", True),
-    *(_matmul_case(f"{t.rows}x{t.columns}", t, "bf16", False, bias=True) for t in AMPERE),
+    *(_matmul_case(f"{t.rows}x{t.columns}", t, "bf16", False, bias=True, add=True) for t in AMPERE),
     _matmul_case("32x128", FP32, "fp32", False),
     AotCase(
         "quantize_rows",

@@ -12,6 +12,7 @@ import torch
 
 from uma_kernels.check import FLOATS, ShapeError, check
 from uma_kernels.dispatch import choose
+from uma_kernels.linear import PackedLinear, linear
 from uma_kernels.lora import cpp, plans, reference
 from uma_kernels.lora.pool import LoraPool, PoolFull
 from uma_kernels.lora.routing import DeviceRouting
@@ -24,6 +25,7 @@ __all__ = [
     "PackedLora",
     "PoolFull",
     "lora",
+    "lora_linear",
     "lora_merged",
     "pack_lora",
 ]
@@ -196,6 +198,56 @@ def lora_merged(
         assert isinstance(routing, DeviceRouting)
         plan = plans.pair_plan(routing.num_tokens, x.element_size())
         triton_kernel.lora_merged(x, out, slices, routing, plan)
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: PackedLinear,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    pool: LoraPool,
+    routing: DeviceRouting,
+    add: bool = False,
+) -> None:
+    """
+    Semantics:  out = x @ w.T + bias, and of each row's adapter the update that `lora_merged` adds: a whole site. With `add` all
+                of it is added to what `out` holds
+    Shapes:     x [T, K] . weight [sum N_i, K] packed for triton . bias [sum N_i] or None . out [T, sum N_i], apart from `x`; rows
+                of both at any stride . routing: of these T rows
+    Numerics:   s = x A^T is rounded to the dtype once, as in `lora_merged`. Mode `audit`: one fp32 sum over K, then over the
+                rank of the row's adapter, bias last, rounded once; a row has the same bits in any batch, and a row of the
+                base those of `linear`. Mode `fast`: the form that `plans` names for T, and other bits with another one
+    Errors:     ShapeError when x, out, weight, pool and routing do not fit, or another back end is in force
+    Source:     a product over [x | s] and [W | B]: Punica (arXiv 2310.18547) has the two apart
+    """
+    check_site(x, out, pool, routing)
+    rows, width = weight.shape
+    if (width, rows, weight.dtype) != (pool.in_features, pool.out_features, pool.dtype):
+        raise ShapeError(
+            f"`weight` has K, N, dtype {(width, rows, weight.dtype)} but the pool"
+            f" {(pool.in_features, pool.out_features, pool.dtype)}"
+        )
+    if weight.backend != "triton":
+        raise ShapeError(f"`weight` was packed for `{weight.backend}` but a pool needs triton")
+    if bias is not None:
+        check("bias", bias, (rows,), weight.dtype)
+    if not routing.num_tokens:
+        return
+    from uma_kernels.lora import triton_augmented, triton_kernel, triton_site
+
+    tokens = routing.num_tokens
+    form = plans.site_form(tokens, weight.mode, weight.scales is None and x.element_size() == 2)
+    if form == plans.PAIR:
+        linear(x, weight, bias, out, add=add)
+        triton_kernel.lora_merged(x, out, pool, routing, plans.pair_plan(tokens, x.element_size()))
+    elif form == plans.DECODE:
+        site = plans.site_plan(tokens, pool.in_features, pool.out_features)
+        assert site is not None, f"no plan for {tokens} rows"
+        triton_site.site_decode(x, weight.data, bias, out, pool, routing, site, add)
+    else:
+        pair = plans.pair_plan(tokens, x.element_size())
+        triton_kernel.run_pair(x, out, pool, routing, pair, shrink=True, expand=False)
+        triton_augmented.augmented(x, weight, bias, out, pool, routing, add)
 
 
 def check_site(x: torch.Tensor, out: torch.Tensor, pool: LoraPool, routing: DeviceRouting | LoraRouting) -> None:

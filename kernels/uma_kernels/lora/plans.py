@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["PairPlan", "SitePlan", "pair_plan", "site_plan"]
+__all__ = ["AUGMENTED", "DECODE", "PAIR", "PairPlan", "SitePlan", "pair_plan", "site_form", "site_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,27 @@ PAIR_PLANS: tuple[tuple[int, PairPlan], ...] = (
     (1024, PairPlan(one_launch=False)),
     (1 << 30, PairPlan(one_launch=False)),
 )
+
+
+# How a whole site runs: base product and update.
+AUGMENTED = "augmented"  # shrink, then one product over K and each tile's adapters
+DECODE = "decode"  # one launch, for few rows
+PAIR = "pair"  # a library product, then `lora_merged`
+
+# (most rows, form) in mode `fast`, rows ascending. From the model of bytes and latencies, not yet from measurements.
+FAST_FORMS: tuple[tuple[int, str], ...] = ((64, DECODE), (1 << 30, PAIR))
+
+
+def site_form(num_tokens: int, mode: str, sixteen_bit: bool) -> str:
+    """The form of a site whose weight was packed in `mode`. `sixteen_bit`: weight and rows are, as the one launch needs them.
+
+    `audit` takes one for every number of rows: forms differ in where they round and in the instruction, so a row would
+    have other bits in a larger batch.
+    """
+    if mode == "audit":
+        return AUGMENTED
+    form = next(form for most, form in FAST_FORMS if num_tokens <= most)
+    return form if sixteen_bit or form != DECODE else PAIR
 
 
 def pair_plan(num_tokens: int, element_size: int) -> PairPlan:

@@ -90,10 +90,8 @@ class LoraPool:
         self._held: dict[int, list[list[int]]] = {}
         self._unpublished: dict[int, tuple[torch.Tensor, int]] = {}  # slot -> its row of `table`, `row_tiles`
         self.column_tile = _column_tile(self.slices, 64 if dtype is torch.float32 else 256)
-        columns = [(i, c) for i, n in enumerate(self.slices) for c in range(0, n, self.column_tile)]
-        self.columns = torch.tensor(
-            columns, dtype=torch.int32, device=device
-        ).T.contiguous()  # [2, tiles]: slice, first
+        self._column_tiles: dict[int, torch.Tensor] = {}
+        self.columns = self.column_tiles(self.column_tile)
         starts = torch.tensor([0, *self.slices], dtype=torch.int64).cumsum(0)[:-1].tolist()
         facts = [
             (n, start, rank_blocks * RANK_BLOCK * start // self.per_byte)
@@ -183,6 +181,16 @@ class LoraPool:
         self._unpublished[slot] = self._table_row([[] for _ in self.slices]), self._most_tiles()
         self.publish(slot)
 
+    def column_tiles(self, width: int) -> torch.Tensor:
+        """[2, tiles] int32 on the device: slice and first column of each tile of `width` columns of a slice. Made once."""
+        found = self._column_tiles.get(width)
+        if found is None:
+            tiles = [(i, c) for i, n in enumerate(self.slices) for c in range(0, n, width)]
+            found = self._column_tiles[width] = torch.tensor(
+                tiles, dtype=torch.int32, device=self.device
+            ).T.contiguous()
+        return found
+
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} is not in 0 .. {self.num_slots - 1}")
@@ -200,6 +208,11 @@ class LoraPool:
         b[:rank] = lora_b.to(b).T
         stored_a, scale_a = _store(a, self.storage, self.dtype)
         stored_b, scale_b = _store(b, self.storage, self.dtype)
+        # Kernels multiply other adapters' rows of s, which are 0, by this B: what is not finite in it moves to the scale, and
+        # so into this adapter's own s alone.
+        bad = ~torch.isfinite(b if self.storage != "dense" else stored_b).all(1)
+        _bytes(stored_b)[bad] = 0
+        scale_b[bad] = float("nan")
         ids = torch.tensor(blocks, dtype=torch.int64, device=self.device)
         view = self.b_of(index)
         _bytes(self.a)[ids] = _bytes(stored_a.view(len(blocks), RANK_BLOCK, -1))

@@ -55,6 +55,7 @@ class DeviceRouting:
         self.histogram = int32(blocks, _power_of_2(num_slots))
         self.order = int32(max_num_tokens)
         self.position = int32(max_num_tokens)
+        self.slots = int32(max_num_tokens)  # of each row, -1 for the base
         sizes = [min(size, max_num_tokens) for size in (256, 1024, max_num_tokens)]  # the worst of each chunk size
         self.max_chunks = max(_max_chunks(size, num_slots) for size in sizes)
         self.chunks = int32(3, self.max_chunks)  # slot, first of `order`, rows

@@ -52,6 +52,7 @@ def place_kernel(
     histogram_ptr,
     order_ptr,
     position_ptr,
+    slots_ptr,
     chunks_ptr,
     count_ptr,
     num_tokens,
@@ -84,6 +85,7 @@ def place_kernel(
     start = tl.sum(tl.where(slot[:, None] == slots[None, :], mine[None, :], 0), axis=1)
     tl.store(order_ptr + start + earlier, rows, mask=placed)
     tl.store(position_ptr + rows, tl.where(placed, start + earlier, -1), mask=rows < num_tokens)
+    tl.store(slots_ptr + rows, tl.where(placed, slot, -1), mask=rows < num_tokens)
 
     chunks = (total + CHUNK - 1) // CHUNK
     ends = tl.cumsum(chunks, 0).to(tl.int32)
@@ -477,6 +479,7 @@ def build_routing(routing: DeviceRouting, mapping: torch.Tensor) -> None:
         routing.histogram,
         routing.order,
         routing.position,
+        routing.slots,
         routing.chunks,
         routing.count,
         num_tokens,
@@ -633,7 +636,7 @@ def _aot_cases() -> list[AotCase]:
             )
     sort = {"mapping_ptr": "*i32", "histogram_ptr": "*i32", "num_tokens": "i32", "num_slots": "i32"}
     cases.append(AotCase("lora_histogram", histogram_kernel, sort, {"ROWS": SORT_ROWS, "SLOTS": 64}))
-    sort |= {f"{name}_ptr": "*i32" for name in ("order", "position", "chunks", "count")}
+    sort |= {f"{name}_ptr": "*i32" for name in ("order", "position", "slots", "chunks", "count")}
     sort |= {"num_blocks": "i32", "max_chunks": "i32"}
     sizes = {"ROWS": SORT_ROWS, "SLOTS": 64, "BLOCKS": 32, "CHUNK": 64, "CHUNK_TILE": 64}
     cases.append(AotCase("lora_place", place_kernel, sort, sizes, 8))

@@ -6,7 +6,8 @@ Knows a weight [N, K] beside a pool and a routing; does not check shapes. Two fo
   What the shrink costs in time hides behind the weight's bytes. Programs start in the order of their ids, and those that
   wait come after those they wait for.
 - `AugmentedWeight`: weight and B side by side in memory, [W | B], and x beside s, [x | s]: one library product gives base and
-  update. For large batches.
+  update, at the cost of every resident adapter's columns. Benches race it; layers take `triton_augmented`, which multiplies the
+  blocks of a tile's own adapters alone.
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -42,6 +43,7 @@ def site_kernel(
     x_stride,
     w_ptr,
     w_stride,
+    bias_ptr,
     out_ptr,
     out_stride,
     num_tokens,
@@ -79,9 +81,12 @@ def site_kernel(
     BN: tl.constexpr,
     BASE_K: tl.constexpr,
     EVEN_BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """out[T, N] = x W^T + B s, T <= ROWS; a tile of BN columns lies in one slice, `columns` lists them."""
+    """out[T, N] = x W^T + B s + bias, with ADD plus what it holds, T <= ROWS; a tile of BN columns lies in one slice, and
+    `columns` lists them."""
     pid = tl.program_id(0)
     if pid < SHRINKERS:
         shrink_tiles(
@@ -165,30 +170,28 @@ def site_kernel(
                     cache_modifier=".cg",
                 )
                 acc = product(tl.trans(unpacked(stored, STORED_AS, 16, BN, DTYPE)), s, acc, INTERPRETED)
-        tl.store(
-            out_ptr + t[None, :].to(tl.int64) * out_stride + (out_column + n)[:, None],
-            acc.to(DTYPE),
-            mask=n_ok[:, None] & t_ok[None, :],
-        )
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + out_column + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+        to = out_ptr + t[None, :].to(tl.int64) * out_stride + (out_column + n)[:, None]
+        inside = n_ok[:, None] & t_ok[None, :]
+        if ADD:
+            acc += tl.load(to, mask=inside, other=0.0).to(tl.float32)
+        tl.store(to, acc.to(DTYPE), mask=inside)
         leave(ready_ptr, COLUMN_TILES)
-
-
-def column_tiles(pool: LoraPool, width: int) -> torch.Tensor:
-    """[2, tiles] int32 on the pool's device: slice and first column of each tile of `width` columns of a slice."""
-    tiles = [(i, c) for i, n in enumerate(pool.slices) for c in range(0, n, width)]
-    return torch.tensor(tiles, dtype=torch.int32, device=pool.device).T.contiguous()
 
 
 def site_decode(
     x: torch.Tensor,
     weight: torch.Tensor,
+    bias: torch.Tensor | None,
     out: torch.Tensor,
     pool: LoraPool,
     routing: DeviceRouting,
-    columns: torch.Tensor,
     plan: SitePlan,
+    add: bool = False,
 ) -> None:
-    """One launch. `columns`: `column_tiles(pool, plan.block_n)`."""
+    """One launch."""
+    columns = pool.column_tiles(plan.block_n)
     shared = constants(pool, x.shape[0], PairPlan(True, block_k=plan.block_k))
     del shared["BM"], shared["EVEN_N"]
     tiles = columns.shape[1]
@@ -197,6 +200,7 @@ def site_decode(
         x.stride(0),
         weight,
         weight.stride(0),
+        bias,
         out,
         out.stride(0),
         x.shape[0],
@@ -225,6 +229,8 @@ def site_decode(
             "BN": plan.block_n,
             "BASE_K": plan.base_k,
             "EVEN_BASE": pool.in_features % plan.base_k == 0,
+            "HAS_BIAS": bias is not None,
+            "ADD": add,
         },
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
@@ -298,6 +304,9 @@ def _aot_cases() -> list[AotCase]:
             "BASE_K": plan.base_k,
             "EVEN_K": True,
             "EVEN_BASE": True,
+            "HAS_BIAS": False,
+            "ADD": slices == 1,  # as the projections that end at the residual
+            "bias_ptr": None,
             "INTERPRETED": False,
         }
         name = f"lora_site-bf16-T{rows}-slices{slices}"

@@ -144,6 +144,7 @@ def test_ctrl_c_ends_a_call_cleanly(tiny_dir: Path) -> None:
         "import sys, threading, _thread, time\n"
         "from uma_engine import Engine, SamplingParams\n"
         f"engine = Engine({str(tiny_dir)!r}, kv_cache_bytes=2**22, max_model_len=2048)\n"
+        "engine.generate('yes', SamplingParams(max_tokens=2))\n"  # what is imported on first use is there
         "print('ready', flush=True)\n"
         "try:\n"
         "    while True: engine.generate('yes', SamplingParams(max_tokens=1500, ignore_eos=True))\n"

@@ -235,7 +235,12 @@ def test_ctrl_c_in_the_middle_of_a_rank_is_clean(model: Path, files: tuple[str, 
         "r.json",
     ]
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs are born with it ignored
     )
     # Time of its own, not of the clock: on a busy machine six seconds may not be enough for its imports.
     while process.poll() is None and cpu_seconds(process.pid) < 6:

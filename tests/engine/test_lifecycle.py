@@ -155,7 +155,11 @@ def test_ctrl_c_ends_a_call_cleanly(tiny_dir: Path) -> None:
         "    print('clean', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs are born with it ignored
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

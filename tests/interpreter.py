@@ -60,4 +60,8 @@ def _set_up_once(interpreter: Any) -> None:
     language.tensor.__init__ = tensor
     of_type = interpreter._get_np_dtype
     by_name = functools.cache(lambda name, dtype: of_type(dtype))
-    interpreter._get_np_dtype = lambda dtype: by_name(str(dtype), dtype.scalar) if dtype.is_block() else of_type(dtype)
+
+    def np_dtype(dtype: Any) -> Any:
+        return by_name(str(dtype), dtype.scalar) if dtype.is_block() and not dtype.scalar.is_ptr() else of_type(dtype)
+
+    interpreter._get_np_dtype = np_dtype

@@ -49,5 +49,5 @@ def test_near_moves_the_logits_of_a_quantised_model_little(
         model = load_model(Quantised(made), max_positions=128, precision=precision)
         cache = Cache(model.config)
         logits[precision] = run_logits(model, cache, [Chunk(Path(cache), made.prefix + made.left)])
-    assert not torch.equal(logits["near"], logits["exact"])
+    assert torch.equal(logits["near"], logits["exact"]) is (backend == "triton")  # whose weights are dense
     assert_near(logits["near"], logits["exact"], products=4 * model.config.num_layers)

@@ -21,7 +21,6 @@ constexpr int64_t kChunk = 96;    // queries scored with a block: their vectors 
 constexpr int64_t kGroup = 8;     // rows interleaved at once, to meet the queries of a chunk in the first-level cache
 constexpr int64_t kFew = 2;       // queries that are not worth it
 constexpr float kInfinity = __builtin_inff();
-constexpr float kOne = 1.0f;
 
 // A score and an index as one number: a larger one comes first. The type is local so that templates over it are, too.
 struct Entry {
@@ -161,11 +160,11 @@ void score_list(RowList& list, int64_t next_bytes, const Queries& queries, int64
                 uint8_t* wide, float* scores, int64_t ld) {
   const int64_t rows = list.pad(next_bytes);
   const float* row_scales = queries.scales ? list.scales : nullptr;
-  auto query_scales = [&](int64_t q) { return queries.scales ? queries.scales + q : &kOne; };
   if (queries.count <= kFew) {
     for (int64_t q = first; q < first + count; ++q)
       for (int64_t r = 0; r < rows; r += kQuad)
-        direct_tile<Format>(list.rows + r, row_scales ? row_scales + r : nullptr, queries.at(q), *query_scales(q), stride,
+        direct_tile<Format>(list.rows + r, row_scales ? row_scales + r : nullptr, queries.at(q), queries.scales ? queries.scales[q] : 1.0f,
+                            stride,
                             scores + (q - first) * ld + r);
     return;
   }
@@ -185,7 +184,8 @@ void score_list(RowList& list, int64_t next_bytes, const Queries& queries, int64
       const int64_t q = p * kPanel;
       for (int64_t i = 0; i < n; i += kQuad)
         wide_tile<typename Format::Wide>(wide + i / kQuad * quad_bytes, row_scales ? row_scales + r + i : nullptr,
-                                         queries.panel(first + q), query_scales(first + q), steps, count - q,
+                                         queries.panel(first + q), queries.scales ? queries.scales + first + q : nullptr, steps,
+                                         count - q,
                                          scores + q * ld + r + i, ld);
     }
   }

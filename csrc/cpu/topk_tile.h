@@ -145,7 +145,7 @@ static UMA_INLINE void direct_tile(const uint8_t* const* rows, const float* row_
 }
 
 // Four rows and three queries, each interleaved by vectors: rows [steps][4], panel [steps][3].
-// out[q * ld + r] for the first `valid` queries.
+// out[q * ld + r] for the first `valid` queries. query_scales: null where there are none.
 template <class Wide>
 static UMA_INLINE void wide_tile(const uint8_t* rows, const float* row_scales, const uint8_t* panel, const float* query_scales,
                                  int64_t steps, int64_t valid, float* out, int64_t ld) {
@@ -165,7 +165,8 @@ static UMA_INLINE void wide_tile(const uint8_t* rows, const float* row_scales, c
 #pragma GCC unroll 3
   for (int j = 0; j < kPanel; ++j)
     if (j < valid)
-      store_scores(Wide::finish(sums[0][j], sums[1][j], sums[2][j], sums[3][j]), row_scales, query_scales[j], out + j * ld);
+      store_scores(Wide::finish(sums[0][j], sums[1][j], sums[2][j], sums[3][j]), row_scales, query_scales ? query_scales[j] : 1.0f,
+                   out + j * ld);
 }
 
 // Four rows as a wide tile takes them.

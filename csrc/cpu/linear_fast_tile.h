@@ -38,25 +38,6 @@ constexpr int kDirectRows = 2;  // rows for which a weight is unpacked in regist
 
 static UMA_INLINE vi load_quads(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
 
-// A quad in every lane. Written out: GCC would load many of them into scalar registers first and move them over one by one.
-template <typename T>
-static UMA_INLINE vi splat_quad(const T* p) {
-  static_assert(sizeof(T) == 4);
-#if defined(UMA_ISA_AVX512)
-  vi v;
-  __asm__("vpbroadcastd %1, %0" : "=v"(v) : "m"(*p));
-  return v;
-#elif defined(UMA_ISA_AVX2)
-  vi v;
-  __asm__("vpbroadcastd %1, %0" : "=x"(v) : "m"(*p));
-  return v;
-#else
-  int32_t quad;
-  std::memcpy(&quad, p, sizeof quad);
-  return quad - vi{};
-#endif
-}
-
 // Keeps a sum where it is: GCC would gather the products of many steps first, and run out of registers.
 static UMA_INLINE vi pinned(vi v) {
 #if defined(UMA_ISA_AVX512)
@@ -233,7 +214,7 @@ static UMA_INLINE void fast_columns(const FastStep& step, int column) {
     vi dots[kRows][kV] = {};
     if constexpr (kBits == 8 && kVnni) {  // its quants are multiplied as w + 128
       UMA_UNROLL for (int r = 0; r < kRows; ++r)
-        UMA_UNROLL for (int v = 0; v < kV; ++v) dots[r][v] = splat_quad(x_scales + 2 * kRows + r);
+        UMA_UNROLL for (int v = 0; v < kV; ++v) dots[r][v] = splat_word(x_scales + 2 * kRows + r);
     }
     UMA_UNROLL for (int quad = 0; quad < kQuads; ++quad) {
       QuadWeights weights[kV];
@@ -245,7 +226,7 @@ static UMA_INLINE void fast_columns(const FastStep& step, int column) {
           weights[v] = quad_weights<kVnni, kBits>(load_quads(unpacked + quad * kPanel + v * kLanes));
       }
       UMA_UNROLL for (int r = 0; r < kRows; ++r) {
-        const vi quads = splat_quad(x + r * kQuads + quad);
+        const vi quads = splat_word(x + r * kQuads + quad);
         UMA_UNROLL for (int v = 0; v < kV; ++v) dots[r][v] = add_products<kVnni, kBits>(dots[r][v], weights[v], quads);
       }
     }

@@ -27,21 +27,6 @@ constexpr int kNearRows = 6;
 typedef int16_t vs __attribute__((vector_size(kLanes * 2)));
 typedef int16_t vsu __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-// A pair in every lane. Written out: GCC would load many of them into scalar registers first and move them over one by one.
-static UMA_INLINE vi splat_lane(const int32_t* p) {
-#if defined(UMA_ISA_AVX512)
-  vi v;
-  __asm__("vpbroadcastd %1, %0" : "=v"(v) : "m"(*p));
-  return v;
-#elif defined(UMA_ISA_AVX2)
-  vi v;
-  __asm__("vpbroadcastd %1, %0" : "=x"(v) : "m"(*p));
-  return v;
-#else
-  return *p - vi{};
-#endif
-}
-
 static UMA_INLINE vi load_pairs(const int32_t* p) { return *reinterpret_cast<const viu*>(p); }
 static UMA_INLINE void store_pairs(int32_t* p, vi v) { *reinterpret_cast<viu*>(p) = v; }
 
@@ -154,7 +139,7 @@ static void near_tile(const NearStep& step) {
         }
       }
       UMA_UNROLL for (int r = 0; r < kRows; ++r) {
-        const vi pairs = splat_lane(x + r * kPairs + pair);
+        const vi pairs = splat_word(x + r * kPairs + pair);
         UMA_UNROLL for (int v = 0; v < kV; ++v) dots[r][v] = dot_pairs<kVnni>(dots[r][v], weight[v], pairs);
       }
     }

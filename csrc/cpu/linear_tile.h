@@ -49,6 +49,25 @@ static UMA_INLINE vf rounded(vf v) {
   return v;
 }
 
+// Four bytes in every lane. Written out: GCC would load many of them into scalar registers first and move them over one by one.
+template <typename T>
+static UMA_INLINE vi splat_word(const T* p) {
+  static_assert(sizeof(T) == 4);
+#if defined(UMA_ISA_AVX512)
+  vi v;
+  __asm__("vpbroadcastd %1, %0" : "=v"(v) : "m"(*p));
+  return v;
+#elif defined(UMA_ISA_AVX2)
+  vi v;
+  __asm__("vpbroadcastd %1, %0" : "=x"(v) : "m"(*p));
+  return v;
+#else
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return word - vi{};
+#endif
+}
+
 template <int kBits_, bool kMins_>
 struct Format {
   static constexpr int kBits = kBits_;

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from uma_engine.tasks.audit import Audit
 from uma_engine.tasks.base import EngineBase
 from uma_engine.tasks.calibrate import calibrate
 from uma_engine.tasks.calls import Call
+from uma_engine.tasks.plan import finish, prepared, run, run_async
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
 
 __all__ = ["AsyncEngine", "Engine"]
@@ -83,7 +83,7 @@ class Engine(EngineBase):
         Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), SurfaceError,
                     UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
         """
-        return self._rank_call(
+        plan = self._rank_plan(
             query,
             candidates,
             adapter=adapter,
@@ -95,7 +95,8 @@ class Engine(EngineBase):
             tenant=tenant,
             surface=surface,
             job_facts=job_facts,
-        ).wait()
+        )
+        return run(plan)
 
     def calibrate(
         self,
@@ -259,8 +260,7 @@ class AsyncEngine(EngineBase):
         job_facts: Mapping[str, Any] | None = None,
     ) -> RankAnswer:
         """As `Engine.rank`."""
-        call = await _prepared(
-            self._rank_call,
+        plan = self._rank_plan(
             query,
             candidates,
             adapter=adapter,
@@ -273,7 +273,7 @@ class AsyncEngine(EngineBase):
             surface=surface,
             job_facts=job_facts,
         )
-        return await _finish(call)
+        return await run_async(plan)
 
     async def score(
         self,
@@ -286,10 +286,10 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
     ) -> list[Score]:
         """As `Engine.score`."""
-        call = await _prepared(
+        call = await prepared(
             self._score_call, prefix, items, labels=labels, adapter=adapter, deadline=deadline, tenant=tenant
         )
-        return await _finish(call)
+        return await finish(call)
 
     async def generate(
         self,
@@ -302,7 +302,7 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
     ) -> list[Completion]:
         """As `Engine.generate`."""
-        call = await _prepared(
+        call = await prepared(
             self._generate_call,
             prompts,
             params,
@@ -312,7 +312,7 @@ class AsyncEngine(EngineBase):
             tenant=tenant,
             emit=lambda _: None,
         )
-        return await _finish(call)
+        return await finish(call)
 
     async def stream(
         self,
@@ -327,7 +327,7 @@ class AsyncEngine(EngineBase):
         """As `Engine.stream`: an asynchronous iterator."""
         pieces: asyncio.Queue[CompletionChunk | UmaError] = asyncio.Queue()
         event_loop = asyncio.get_running_loop()
-        call = await _prepared(
+        call = await prepared(
             self._generate_call,
             prompts,
             params,
@@ -348,48 +348,3 @@ class AsyncEngine(EngineBase):
                 yield piece
         finally:
             call.cancel()
-
-
-class _Handover:
-    """A call on its way from the thread that prepares it to a task that may be gone by then, with its event loop."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._call: Call[Any] | None = None
-        self._given_up = False
-
-    def put(self, call: Call[Any]) -> Call[Any]:
-        with self._lock:
-            self._call = call
-            given_up = self._given_up
-        if given_up:
-            call.abandon()
-        return call
-
-    def give_up(self) -> None:
-        with self._lock:
-            self._given_up = True
-            call = self._call
-        if call is not None:
-            call.abandon()
-
-
-async def _prepared(make: Callable[..., Call[Any]], *args: Any, **kwargs: Any) -> Call[Any]:
-    """Make a call on another thread. A task cancelled meanwhile leaves no prepared call behind."""
-    handover = _Handover()
-    try:
-        return await asyncio.to_thread(lambda: handover.put(make(*args, **kwargs)))
-    except BaseException:
-        handover.give_up()
-        raise
-
-
-async def _finish(call: Call[Any]) -> Any:
-    call.submit()
-    try:
-        for future in call.futures:
-            await asyncio.wrap_future(future)
-    except BaseException:
-        call.cancel()
-        raise
-    return call.build()

@@ -32,6 +32,7 @@ from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
 from uma_engine.tasks.generate import TextSink
+from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
 from uma_engine.tasks.stack import Progress, Stack
@@ -208,6 +209,15 @@ class EngineBase:
             tokenization_time=tokenization_time,
             inference_time=time.perf_counter() - started,
         )
+
+    def _rank_plan(
+        self,
+        query: str,
+        candidates: Iterable[Candidate | str],
+        **options: Any,
+    ) -> Plan[RankAnswer]:
+        """The calls of a ranking, one after the other; see `Engine.rank`."""
+        return (yield self._rank_call(query, candidates, **options))
 
     def _rank_call(
         self,

@@ -35,7 +35,7 @@ def interleave(
 
     A turn begins with a pause, since the worker threads of some libraries spin for up to 20 ms after a call and would take
     a CPU from the next, and with an untimed call, so that nobody starts from the caches another has left. `each_round`
-    is called once a round: where the machine's own rates are looked at.
+    is called once a round, after such a pause: where the machine's own rates are looked at.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
@@ -49,6 +49,7 @@ def interleave(
                 call()
                 times[name].append(time.perf_counter() - begin)
         if each_round:
+            time.sleep(PAUSE)
             each_round()
         done += 1
     return times

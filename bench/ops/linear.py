@@ -14,13 +14,13 @@ from uma_kernels.testing import assert_fast, assert_near, assert_reduction
 
 FORMATS = (WeightFormat(32), WeightFormat(4, 32, True), WeightFormat(8, 32))
 PEAKS = {("near", 4): "int8_madd", ("near", 8): "int8_madd", ("fast", 4): "int4_madd", ("fast", 8): "int8_madd"}
-FEW_ROWS_BYTES = (
-    64 << 20
-)  # of fp32 weights read in turn where rows are few, as a model's layers are: no cache holds them
+# Of packed weights that are read in turn where rows are few, as a model's layers are: no cache holds them.
+FEW_ROWS_BYTES = 96 << 20
 
 
 def bench_case(args: argparse.Namespace, case: LinearCase, weight_format: WeightFormat, precision: str) -> None:
-    copies = 1 if case.tokens >= 64 else max(1, min(24, FEW_ROWS_BYTES // (4 * case.rows * case.width)))
+    first = pack(weight_format.random(case.rows, case.width))
+    copies = 1 if case.tokens >= 64 else -(-FEW_ROWS_BYTES // first.nbytes)
     x, out = torch.randn(case.tokens, case.width), torch.empty(case.tokens, case.rows)
     weights = [weight_format.random(case.rows, case.width) for _ in range(copies)]
     packed = [pack(weight) for weight in weights]

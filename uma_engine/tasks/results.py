@@ -18,6 +18,7 @@ __all__ = [
     "Completion",
     "CompletionChunk",
     "Factor",
+    "LogReceipt",
     "RankAnswer",
     "RankResult",
     "Score",
@@ -98,8 +99,20 @@ class RankResult:
 
 
 @dataclass(frozen=True, slots=True)
+class LogReceipt:
+    """Where an answer stands in the decision log. `chain` is the digest of everything up to it: kept elsewhere, it anchors the log."""
+
+    id: str
+    sequence: int
+    chain: str
+
+
+@dataclass(frozen=True, slots=True)
 class RankAnswer:
-    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order."""
+    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order.
+
+    `receipt`: its entry in the decision log, where the engine keeps one.
+    """
 
     results: tuple[RankResult, ...]
     all_results: tuple[RankResult, ...]
@@ -107,6 +120,7 @@ class RankAnswer:
     stack: StackInfo
     warnings: tuple[str, ...]
     record: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    receipt: LogReceipt | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the decision record."""
@@ -120,6 +134,7 @@ class RankAnswer:
             | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),
             "warnings": list(self.warnings),
+            "receipt": asdict(self.receipt) if self.receipt else None,
         }
 
 

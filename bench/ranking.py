@@ -170,9 +170,9 @@ def transformers_side(args: argparse.Namespace) -> tuple[Any, str, str, float]:
     import transformers
     from transformers import AutoModelForCausalLM
 
-    from bench.peer_models import transformers_model
     from bench.workload import make_workload
     from uma_engine.catalog import open_model, resolve
+    from uma_engine.train.base_model import transformers_model
 
     torch.set_num_threads(args.threads)
     files = open_model(resolve(args.model))

@@ -59,7 +59,7 @@ def _write_hub_directory(files: Any, target: Path) -> None:
     """The dequantised weights as a transformers directory with a tokenizer whose ids are the same."""
     import transformers
 
-    from bench.peer_models import transformers_model
+    from uma_engine.train.base_model import transformers_model
 
     shutil.rmtree(target, ignore_errors=True)
     transformers_model(files, transformers.AutoModelForCausalLM).save_pretrained(target)

@@ -21,7 +21,7 @@ def prepare(settings: dict[str, Any]) -> None:
     out = Path(settings["work"]) / "q8_0"
     if (out / "openvino_model.xml").exists():
         return
-    source = Path(settings["work"]).parent / "llama_cpp" / settings["model"] / "q8_0.gguf"
+    source = Path(settings["work"]).parents[1] / "llama_cpp" / settings["model"] / "q8_0.gguf"
     if not source.exists():
         raise RuntimeError(f"{source} is missing: run the peer `llama_cpp` first, whose tool writes it")
     out.mkdir(parents=True, exist_ok=True)

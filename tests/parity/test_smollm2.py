@@ -10,11 +10,11 @@ import torch
 import transformers
 from parity_helpers import Cache, Chunk, Path, Truth, exact, run_logits
 
-from bench.peer_models import transformers_model
 from uma_engine.catalog import open_model, resolve
 from uma_engine.catalog.model_files import ModelFiles
 from uma_engine.models import load_model
 from uma_engine.onnx import OnnxScorer, export_onnx
+from uma_engine.train.base_model import transformers_model
 
 NUM_TOKENS = 60
 

@@ -162,6 +162,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(run=_lazy("export"))
 
+    train = commands.add_parser("train", help="train a ranking adapter from a recipe")
+    train.add_argument("recipe", metavar="RECIPE", help="a TOML file; see docs/training.md")
+    train.add_argument(
+        "--out", required=True, metavar="DIR", help="the adapter's directory; a run that was killed goes on"
+    )
+    train.set_defaults(run=_lazy("train"))
+
+    data = commands.add_parser("data", help="build training data")
+    build = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "build", help="judged jobs from O*NET, ESCO and their crosswalk, split by major group"
+    )
+    build.add_argument("--source", required=True, metavar="DIR", help="holds esco-onet-crosswalk/ and onet-29.2/")
+    build.add_argument(
+        "--out", required=True, metavar="DIR", help="receives train.jsonl, dev.jsonl, test.jsonl and card.json"
+    )
+    build.add_argument("--seed", type=int, default=0, metavar="N")
+    build.set_defaults(run=_lazy("data"))
+
     models = commands.add_parser("models", help="list the models known by name")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
     models.add_argument("--fetch", metavar="NAME", help="fetch a model's files into the cache")

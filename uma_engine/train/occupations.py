@@ -1,0 +1,179 @@
+"""Judged jobs from public occupation data: O*NET occupations ask, ESCO occupations answer, experts' crosswalk judges.
+
+A job is an occupation's title and description, or some of its task statements alone, which reads like a post; candidates
+are ESCO occupations, graded 3 (exact match), 2 (close), 1 (narrower or broader), 0. Hard negatives come from the first stage: BM25
+and MiniLM, fused by reciprocal rank.
+
+Splits are by SOC major group, so that no occupation is on both sides, and an ESCO occupation that is relevant to a dev or
+test job is no candidate in training at all. The dev and test files have the first stage's best `POOL` for each job, as a
+cascade would meet them.
+
+Knows the files of the data sets; does not know training. Sources and licences go into `card.json`.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from uma_engine.errors import InvalidRequest, MissingPackage
+from uma_engine.train.groups import Group, Judged, file_digest, write_groups
+
+__all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "split_of"]
+
+# SOC major groups. 13, 17, 27 and 43 are in no file: the collection keeps them as an unseen test.
+DEV_MAJORS = frozenset({"21", "33", "41", "47"})
+TEST_MAJORS = frozenset({"15", "29", "35", "49"})
+POOL = 100
+NEGATIVES = 40  # of a training job
+TASKS = 6  # statements of a post made of tasks
+POSTS = 2  # made of tasks, of each training occupation
+RRF = 60
+SOURCES = (
+    "ESCO-O*NET crosswalk, ESCO Secretariat with the U.S. Department of Labor, 2022 (CC BY 4.0)",
+    "ESCO v1.1.1 occupations, European Commission (CC BY 4.0)",
+    "O*NET 29.2 Database, U.S. Department of Labor, Employment and Training Administration (CC BY 4.0)",
+)
+
+
+def split_of(soc_code: str) -> str:
+    """`train`, `dev` or `test`, by the major group of an O*NET-SOC code."""
+    major = soc_code[:2]
+    return "dev" if major in DEV_MAJORS else "test" if major in TEST_MAJORS else "train"
+
+
+def build(source: Path, out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Write train.jsonl, dev.jsonl, test.jsonl and card.json to `out`; the card. A function of the files and `seed`."""
+    home, onet = source / "esco-onet-crosswalk", source / "onet-29.2"
+    corpus = {d["_id"]: f"{d['title']}. {d['text']}" for d in _lines(home / "corpus.jsonl")}
+    queries = {q["_id"]: q for q in _lines(home / "queries.jsonl")}
+    grades = _grades(home / "qrels.tsv")
+    statements = _statements(onet / "Task_Statements.txt")
+    held_out = {doc for soc, judged in grades.items() if split_of(soc) != "train" for doc in judged}
+    jobs = list(_jobs(queries, statements, seed))
+    say(f"{len(jobs)} jobs over {len(corpus)} occupations; ranking them by BM25 and MiniLM")
+    order = _first_stage([text for _, _, text in jobs], corpus, say)
+    made: dict[str, list[Group]] = {"train": [], "dev": [], "test": []}
+    for (soc, form, text), ranked in zip(jobs, order, strict=True):
+        split, judged = split_of(soc), grades.get(soc, {})
+        if split == "train":
+            pool = [doc for doc in ranked if doc not in held_out or doc in judged]
+            good = [doc for doc in judged if doc in corpus and doc not in held_out]
+            bad = [doc for doc in pool if doc not in judged][:NEGATIVES]
+            if not good:
+                continue
+        else:
+            good, bad = [], list(ranked[:POOL])
+        candidates = tuple(Judged(doc, corpus[doc], judged.get(doc, 0)) for doc in good + bad)
+        made[split].append(Group(f"{soc}/{form}", text, candidates))
+    out.mkdir(parents=True, exist_ok=True)
+    for split, groups in made.items():
+        write_groups(out / f"{split}.jsonl", groups)
+    _refuse_leaks(made, held_out)
+    card = {
+        "sources": list(SOURCES),
+        "seed": seed,
+        "majors": {"dev": sorted(DEV_MAJORS), "test": sorted(TEST_MAJORS)},
+        "jobs": {split: len(groups) for split, groups in made.items()},
+        "digests": {split: file_digest(out / f"{split}.jsonl") for split in made},
+        # All grades of the dev and test jobs, also of what the first stage missed: the ideal order needs them.
+        "judged": {soc: judged for soc, judged in sorted(grades.items()) if split_of(soc) != "train"},
+    }
+    (out / "card.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return card
+
+
+def _jobs(
+    queries: Mapping[str, Mapping[str, Any]], statements: Mapping[str, Sequence[str]], seed: int
+) -> Iterable[tuple[str, str, str]]:
+    """(SOC code, form, text) of every job. Dev and test jobs are the collection's own; a training occupation has more posts."""
+    for soc, q in queries.items():
+        yield soc, "title_text", f"{q['title']}. {q['text']}"
+        if q["tasks"]:
+            yield soc, "tasks", " ".join(q["tasks"])
+        if split_of(soc) == "train":
+            known = list(statements.get(soc, ()))
+            for number in range(POSTS if len(known) > TASKS else 0):
+                chosen = random.Random(f"{seed}:{soc}:{number}").sample(known, TASKS)
+                yield soc, f"post{number}", " ".join(chosen)
+
+
+def _first_stage(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None]) -> list[list[str]]:
+    """For each text the corpus' ids, best first: reciprocal-rank fusion of BM25 and MiniLM, the best 2 * POOL of each."""
+    try:
+        import bm25s
+        import numpy as np
+
+        from uma_engine.retrieval.embedder import Embedder
+    except ImportError as error:
+        raise MissingPackage(
+            f"`{error.name}` is not installed", hint="install it with `pip install 'uma-engine[retrieval]'`"
+        ) from None
+    ids, depth = list(corpus), min(2 * POOL, len(corpus))
+    bm25 = bm25s.BM25(k1=0.9, b=0.4)
+    bm25.index(bm25s.tokenize(list(corpus.values()), stopwords="en", show_progress=False), show_progress=False)
+    found, _ = bm25.retrieve(
+        bm25s.tokenize(list(texts), stopwords="en", show_progress=False), k=depth, show_progress=False
+    )
+    with Embedder() as embedder:
+        documents = embedder.embed(list(corpus.values())).vectors
+        say("corpus embedded")
+        asked = embedder.embed(list(texts)).vectors
+    near = np.argsort(-(asked @ documents.T), 1, kind="stable")[:, :depth]
+    order = []
+    for by_words, by_sense in zip(found, near, strict=True):
+        scores: dict[int, float] = defaultdict(float)
+        for ranking in (by_words, by_sense):
+            for place, doc in enumerate(ranking):
+                scores[int(doc)] += 1 / (RRF + place + 1)
+        order.append([ids[doc] for doc in sorted(scores, key=lambda d: (-scores[d], d))])
+    return order
+
+
+def _refuse_leaks(made: Mapping[str, Sequence[Group]], held_out: set[str]) -> None:
+    """InvalidRequest if an occupation or a text of dev or test is in the training data."""
+    occupations = {split: {g.id.partition("/")[0] for g in groups} for split, groups in made.items()}
+    texts = {split: {hashlib.sha256(g.job.encode()).digest() for g in groups} for split, groups in made.items()}
+    for split in ("dev", "test"):
+        if occupations["train"] & occupations[split] or texts["train"] & texts[split]:
+            raise InvalidRequest(f"an occupation of `{split}` is in the training data")
+    if any(c.id in held_out for g in made["train"] for c in g.candidates):
+        raise InvalidRequest("a candidate that is relevant to a dev or test job is in the training data")
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(
+            f"`{path}` cannot be read: {error}", hint="`--source` holds the data sets", param="source"
+        ) from None
+
+
+def _grades(path: Path) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in _table(path):
+        found[row["query-id"]][row["corpus-id"]] = int(row["score"])
+    return found
+
+
+def _statements(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in _table(path):
+        found[row["O*NET-SOC Code"]].append(row["Task"])
+    return found
+
+
+def _table(path: Path) -> Iterable[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    except OSError as error:
+        raise InvalidRequest(f"`{path}` cannot be read: {error.strerror}", param="source") from None

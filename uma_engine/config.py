@@ -6,29 +6,17 @@ Knows names, defaults and limits; does not know files, tensors or environment va
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = [
-    "DEVICES",
-    "DTYPES",
-    "LOG_INPUTS",
-    "LORA_STORAGES",
-    "MODES",
-    "PRECISIONS",
-    "EngineConfig",
-    "ModelConfig",
-    "RopeScaling",
-]
+__all__ = ["DEVICES", "DTYPES", "LORA_STORAGES", "MODES", "PRECISIONS", "EngineConfig", "ModelConfig", "RopeScaling"]
 
 PRECISIONS = ("exact", "near", "fast")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES = ("audit", "fast")
 LORA_STORAGES = ("dense", "fp8", "int4")
-LOG_INPUTS = ("full", "digest")
 
 MAY_BE_ZERO = frozenset({"max_loras", "seed"})
 MAX_INT = {
@@ -69,9 +57,6 @@ class EngineConfig:
     lora_storage: str = "dense"
     gpu_memory_utilization: float = 0.9  # share of the device's memory that the engine may fill
     enforce_eager: bool = False  # never replay CUDA graphs
-    # A file to which the decision record of every ranking is appended; an answer that cannot be logged is not given.
-    decision_log: str | Path | None = None
-    decision_log_inputs: str = "full"  # or "digest": jobs and texts as SHA-256 only
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -97,16 +82,11 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("mode", MODES),
             ("lora_storage", LORA_STORAGES),
-            ("decision_log_inputs", LOG_INPUTS),
         ):
             if getattr(self, name) not in accepted:
                 raise InvalidRequest(
                     f"`{name}` is `{getattr(self, name)}` but must be one of {', '.join(accepted)}", param=name
                 )
-        if self.decision_log is not None and not isinstance(self.decision_log, str | Path):
-            raise InvalidRequest(
-                f"`decision_log` is a `{type(self.decision_log).__name__}` but must be a path", param="decision_log"
-            )
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidRequest(

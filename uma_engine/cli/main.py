@@ -85,7 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument("--top-n", type=int, metavar="N", help="show the best N only")
     rank.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rank.add_argument("--record", metavar="FILE", help="write the decision record, which `uma replay` recomputes")
-    rank.add_argument("--log", metavar="FILE", help="append the decision record to this decision log; see `uma record`")
     rank.add_argument(
         "--surface", metavar="FILE", help="score by the factors that this TOML file declares, and show the ledger"
     )
@@ -122,13 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_lazy("generate"))
 
     replay = commands.add_parser("replay", help="recompute a decision record and compare every bit")
-    replay.add_argument("record", metavar="RECORD", help="a file written by `uma rank --record`, or a decision log")
-    replay.add_argument("--entry", metavar="ID", help="of a decision log: the entry to recompute")
-    replay.add_argument("--all", action="store_true", help="of a decision log: recompute every decision")
+    replay.add_argument("record", metavar="RECORD", help="a file written by `uma rank --record`")
     _model_options(replay, recorded=True)
     replay.set_defaults(run=_lazy("replay"))
-
-    _record_commands(commands)
 
     bench = commands.add_parser("bench", help="how fast this machine ranks, and where the time goes")
     bench.add_argument("--candidates", type=int, default=64, metavar="N", help="candidates of one job (default: 64)")
@@ -220,29 +215,6 @@ def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> N
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)"
     )
-
-
-def _record_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    record = commands.add_parser("record", help="the decision log: verify, list, show, export, forget")
-    actions = record.add_subparsers(dest="action", required=True, metavar="ACTION")
-    verify = actions.add_parser("verify", help="check every link and every content")
-    verify.add_argument(
-        "--receipt",
-        action="append",
-        default=[],
-        metavar="SEQUENCE:ID:CHAIN",
-        help="of an answer, as `uma rank --log` prints it: finds a log that was cut or remade; repeatable",
-    )
-    listing = actions.add_parser("list", help="list the entries")
-    show = actions.add_parser("show", help="print one decision record as JSON")
-    show.add_argument("--entry", required=True, metavar="ID")
-    export = actions.add_parser("export", help="print everything about one candidate, and about nobody else, as JSON")
-    forget = actions.add_parser("forget", help="remove a candidate's content, and search the files for what is left")
-    for action in (export, forget):
-        action.add_argument("--candidate", required=True, metavar="ID")
-    for action in (verify, listing, show, export, forget):
-        action.add_argument("log", metavar="LOG", help="a decision log, written by `uma rank --log` or an engine")
-        action.set_defaults(run=_lazy("record"))
 
 
 def _lazy(command: str):  # type: ignore[no-untyped-def]

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     labels = [word.strip() for word in args.labels.split(",")]
     if args.record:
         check_writable(args.record)  # now, not after minutes of work
-    with open_engine(args, adapters=surface.adapters if surface else None, decision_log=args.log) as (engine, adapter):
+    with open_engine(args, adapters=surface.adapters if surface else None) as (engine, adapter):
         ready = time.perf_counter()
         answer = engine.rank(
             job,
@@ -112,9 +112,6 @@ def show(
     adapter = f" + {stack.adapter} {stack.adapter_digest[:12]}" if stack.adapter_digest else ""
     if isinstance(answer, SurfaceAnswer):
         adapter = "".join(f" + {a.name} {a.digest[:12]}" for a in answer.adapters)
-    if answer.receipt:
-        r = answer.receipt
-        console.print(Text(f"logged as {r.sequence}:{r.id}:{r.chain}", style="dim"), soft_wrap=True)
     console.print(
         Text(
             f"{stack.model} {stack.base_digest[:12]}{adapter}, {stack.backend}, uma-engine {stack.version}", style="dim"

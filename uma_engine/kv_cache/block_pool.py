@@ -119,15 +119,6 @@ class BlockPool:
         self._keys[block_id] = key
         return True
 
-    def forget_cached(self) -> int:
-        """Let no block be found by a key any more; how many could be. Blocks in use stay with their users."""
-        forgotten = len(self._cached)
-        for block_id in list(self._cached.values()):
-            self._forget(block_id)
-        self._free_blank.extend(self._free_cached)
-        self._free_cached.clear()
-        return forgotten
-
     def check_integrity(self) -> None:
         """Raise InvariantViolation unless each block is free or used, once, and keys and blocks agree both ways."""
         free = self._free_blank + list(self._free_cached)

@@ -40,7 +40,7 @@ class Engine(EngineBase):
 
     def close(self) -> None:
         """Stop the engine. Calls in flight end with EngineUnavailable. Idempotent."""
-        self._close()
+        self._stack.close()
 
     @property
     def audit(self) -> Audit:
@@ -237,7 +237,7 @@ class AsyncEngine(EngineBase):
 
     async def close(self) -> None:
         """Stop the engine. Calls in flight end with EngineUnavailable. Idempotent."""
-        await asyncio.to_thread(self._close)
+        await asyncio.to_thread(self._stack.close)
 
     async def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
         """As `Engine.load_adapter`."""

@@ -12,7 +12,6 @@ import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ from uma_engine.errors import EngineUnavailable, InvalidRequest, TooLarge, UmaEr
 from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
-from uma_engine.tasks.decision_log import DecisionLog, Forgetter, Forgotten
 from uma_engine.tasks.generate import TextSink
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
@@ -69,13 +67,6 @@ class EngineBase:
         self._rank_prompt = functools.lru_cache(maxsize=128)(
             lambda question: ranking.RankPrompt.build(tokenizer, template, question)
         )
-        self._log: DecisionLog | None = None
-        if self.config.decision_log is not None:
-            try:
-                self._log = DecisionLog(self.config.decision_log, inputs=self.config.decision_log_inputs)
-            except BaseException:
-                self._stack.close()
-                raise
         weakref.finalize(self, self._stack.loop.stop)  # an engine that is forgotten without `close` ends its thread
 
     # -- adapters and information -----------------------------------------------------------------------------------
@@ -136,29 +127,6 @@ class EngineBase:
             backend=s.backend,
             version=__version__,
         )
-
-    @property
-    def decision_log(self) -> DecisionLog | None:
-        """The log that answers are appended to, if the engine was made with one."""
-        return self._log
-
-    def forget(self, candidate_id: str, *, elsewhere: Iterable[Forgetter] = ()) -> Forgotten:
-        """Remove a candidate's content from the decision log, from the prefix cache (whole: its keys tell nobody whose they are)
-        and from what is given beside, such as an index; the log's files are searched to prove it.
-
-        Errors:  InvalidRequest when the engine keeps no log; EngineUnavailable when something may be left
-        """
-        _text("candidate_id", candidate_id)
-        if self._log is None:
-            raise InvalidRequest("the engine keeps no decision log", hint="make it with `decision_log=FILE`")
-        if not self._stack.loop.closed:
-            self._stack.loop.call(lambda scheduler: self._stack.block_pool.forget_cached())
-        return self._log.forget(candidate_id, elsewhere=elsewhere)
-
-    def _close(self) -> None:
-        self._stack.close()
-        if self._log is not None:
-            self._log.close()
 
     def _check_open(self) -> None:
         if self._stack.loop.closed:
@@ -249,10 +217,7 @@ class EngineBase:
         **options: Any,
     ) -> Plan[RankAnswer]:
         """The calls of a ranking, one after the other; see `Engine.rank`."""
-        answer: RankAnswer = yield self._rank_call(query, candidates, **options)
-        if self._log is not None:
-            answer = replace(answer, receipt=self._log.append(answer.record))
-        return answer
+        return (yield self._rank_call(query, candidates, **options))
 
     def _rank_call(
         self,
@@ -541,5 +506,7 @@ def _count(name: str, value: int | None) -> None:
 
 def _with_seed(params: SamplingParams, base: int, ids: list[int], index: int) -> SamplingParams:
     """A request without a seed gets one from the engine's seed, its prompt and its place: the same call, the same text."""
+    from dataclasses import replace
+
     data = f"{base}:{index}:{ids}".encode()
     return replace(params, seed=int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)

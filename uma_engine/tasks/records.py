@@ -23,7 +23,6 @@ from uma_engine.tasks.results import AdapterUse, RankResult, StackInfo, SurfaceR
 __all__ = [
     "FORMAT",
     "SURFACE_FORMAT",
-    "check_record",
     "check_writable",
     "differences",
     "make_record",
@@ -38,7 +37,6 @@ SURFACE_FORMAT = "uma-decision-record/2"  # with a surface: several reads and ad
 _DIGESTS = ("base_digest", "tokenizer_digest", "template_digest", "adapter_digest", "backend", "version")
 _ANSWER = ("id", "score", "logits", "truncated_tokens", "ledger")
 _SURFACE_ANSWER = (*_ANSWER, "place", "tied_with", "redactions")
-_IN_COMPANY = ("place", "tied_with")  # what depends on the other candidates
 # What a replay reads: types, or tuples of types, in the places of values. A list stands for all of its items.
 _SHAPE: dict[str, Any] = {
     "query": str,
@@ -138,11 +136,8 @@ def make_surface_record(
     return record | {"format": SURFACE_FORMAT, "adapters": [asdict(a) for a in adapters]}
 
 
-def differences(record: Mapping[str, Any], again: Mapping[str, Any], *, alone: bool = False) -> list[str]:
-    """What differs between two records of the same question, in words; empty when every bit agrees.
-
-    `alone`: some of the candidates are gone since, so that only what depends on nobody else is compared.
-    """
+def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
+    """What differs between two records of the same question, in words; empty when every bit agrees."""
     found = []
     for key in _DIGESTS:
         if record["stack"][key] != again["stack"][key]:
@@ -159,8 +154,6 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any], *, alone: b
         then_declared, now_declared = (r["options"]["surface_digest"] for r in (record, again))
         if then_declared != now_declared:
             found.append(f"surface_digest: `{then_declared}` then, `{now_declared}` now")
-    if alone:
-        answer = tuple(key for key in answer if key not in _IN_COMPANY)
     if len(record["results"]) != len(again["results"]):
         found.append(f"{len(record['results'])} results then, {len(again['results'])} now")
         return found
@@ -168,8 +161,6 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any], *, alone: b
         for key in answer:
             if then[key] != now[key]:
                 found.append(f"candidate `{then['id']}`: {key} `{then[key]}` then, `{now[key]}` now")
-    if alone:
-        return found
     then_warned, now_warned = _warnings(record), _warnings(again)
     if then_warned != now_warned:
         found.append(f"warnings: `{then_warned}` then, `{now_warned}` now")
@@ -189,15 +180,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise InvalidRequest(f"`{path}` cannot be read: {error.strerror}", param="record") from error
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"`{path}` is not JSON: {error}", param="record") from error
-    check_record(record, f"`{path}`")
-    return record
-
-
-def check_record(record: Any, where: str) -> None:
-    """InvalidRequest unless `record` has all that a replay needs; `where` names it in the message."""
     if not isinstance(record, dict) or record.get("format") not in (FORMAT, SURFACE_FORMAT):
-        raise InvalidRequest(f"{where} is not a decision record of format `{FORMAT}` or `{SURFACE_FORMAT}`", hint=_HINT)
+        raise InvalidRequest(
+            f"`{path}` is not a decision record of format `{FORMAT}` or `{SURFACE_FORMAT}`", hint=_HINT
+        )
     _check_shape(record, _SHAPE if record["format"] == FORMAT else _SURFACE_SHAPE, "")
+    return record
 
 
 def _check_shape(value: Any, shape: Any, where: str) -> None:

@@ -18,7 +18,6 @@ __all__ = [
     "Completion",
     "CompletionChunk",
     "Factor",
-    "LogReceipt",
     "RankAnswer",
     "RankResult",
     "Score",
@@ -99,20 +98,8 @@ class RankResult:
 
 
 @dataclass(frozen=True, slots=True)
-class LogReceipt:
-    """Where an answer stands in the decision log. `chain` is the digest of everything up to it: kept elsewhere, it anchors the log."""
-
-    id: str
-    sequence: int
-    chain: str
-
-
-@dataclass(frozen=True, slots=True)
 class RankAnswer:
-    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order.
-
-    `receipt`: its entry in the decision log, where the engine keeps one.
-    """
+    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order."""
 
     results: tuple[RankResult, ...]
     all_results: tuple[RankResult, ...]
@@ -120,7 +107,6 @@ class RankAnswer:
     stack: StackInfo
     warnings: tuple[str, ...]
     record: Mapping[str, Any] = field(repr=False, default_factory=dict)
-    receipt: LogReceipt | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the decision record."""
@@ -134,7 +120,6 @@ class RankAnswer:
             | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),
             "warnings": list(self.warnings),
-            "receipt": asdict(self.receipt) if self.receipt else None,
         }
 
 

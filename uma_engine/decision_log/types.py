@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["CONTENTS", "Entry", "Forgotten", "Logged", "Verified"]
+from uma_engine.config import LOG_CONTENTS as CONTENTS
 
-CONTENTS = ("full", "digest")  # what is kept of job and candidates: their words, or salted digests of them
+__all__ = ["CONTENTS", "Entry", "Forgotten", "Logged", "Verified"]
 
 
 @dataclass(frozen=True, slots=True)

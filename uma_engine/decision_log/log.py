@@ -112,7 +112,7 @@ class DecisionLog:
             who = chain.who(self._key, where, candidate_id)
             with self._errors("written"):
                 rows = db.execute(
-                    "SELECT entry, place, content FROM parts WHERE who = ? ORDER BY entry, place", (who,)
+                    "SELECT entry, place, content FROM parts NOT INDEXED WHERE who = ? ORDER BY entry, place", (who,)
                 ).fetchall()
                 found = {*identifying(candidate_id, [chain.decode(c) for _, _, c in rows]), *texts}
                 entry = None
@@ -338,7 +338,7 @@ class DecisionLog:
                     ],
                 )
                 if forgotten is not None:
-                    db.execute("DELETE FROM parts WHERE who = ?", (forgotten,))
+                    db.execute("DELETE FROM parts NOT INDEXED WHERE who = ?", (forgotten,))
                     db.execute("INSERT OR REPLACE INTO meta VALUES ('scrub', ?)", (b"1",))
                 db.execute("COMMIT")
             except BaseException:
@@ -414,7 +414,7 @@ class DecisionLog:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Failures of files and of SQLite as errors for a caller."""
+        """Failures of files, of SQLite and of what lies there as errors for a caller."""
         try:
             yield
         except sqlite3.OperationalError as error:
@@ -422,7 +422,12 @@ class DecisionLog:
                 f"the decision log `{self.path}` cannot be {what}: {error}",
                 hint="make room or give permission there; where it is locked, let the other process end and try again",
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (
+            sqlite3.DatabaseError,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:  # also of what was read and is no entry
             raise CorruptFile(f"the decision log `{self.path}` is damaged: {error}", hint=_HINT) from error
         except OSError as error:
             raise EngineUnavailable(

@@ -20,7 +20,8 @@ __all__ = ["problems_of"]
 def problems_of(db: sqlite3.Connection, root: bytes, key: bytes, head_path: Path, expect: str | None) -> Verified:
     """See `DecisionLog.verify`."""
     expected = None if expect is None else _parsed(expect)
-    problems: list[str] = []
+    # The file by itself first: a search through a damaged index would miss what is there.
+    problems = [f"the file is damaged: {said}" for (said,) in db.execute("PRAGMA integrity_check(10)") if said != "ok"]
     digests = {0: root}
     sealed_parts: dict[tuple[int, int], str] = {}
     tenants: dict[int, str] = {}

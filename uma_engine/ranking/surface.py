@@ -183,7 +183,8 @@ class Surface:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """Of what it says: `60` and `60.0` are one number, for a declaration read back from plain data may have either."""
+        return hashlib.sha256(json.dumps(_doubles(self.to_dict()), sort_keys=True).encode()).hexdigest()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -192,6 +193,15 @@ class Surface:
 
     def without_redaction(self) -> Surface:
         return replace(self, redact=())
+
+
+def _doubles(value: Any) -> Any:
+    """Plain data with every number a double."""
+    if isinstance(value, Mapping):
+        return {key: _doubles(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_doubles(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_read(read: Read) -> None:

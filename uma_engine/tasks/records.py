@@ -158,6 +158,10 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any], *, partial:
         then_declared, now_declared = (r["options"]["surface_digest"] for r in (record, again))
         if then_declared != now_declared:
             found.append(f"surface_digest: `{then_declared}` then, `{now_declared}` now")
+        then_found, now_found = (r["options"].get("finders", {}) for r in (record, again))
+        for name in sorted(then_found.keys() | now_found.keys()):
+            if then_found.get(name) != now_found.get(name):
+                found.append(f"finder `{name}`: `{then_found.get(name)}` then, `{now_found.get(name)}` now")
     if len(record["results"]) != len(again["results"]):
         found.append(f"{len(record['results'])} results then, {len(again['results'])} now")
         return found

@@ -20,6 +20,7 @@ from uma_engine.errors import InvalidRequest, SurfaceError
 from uma_engine.ranking.calibration import FILE_NAME, Calibration, probability, read_calibrations
 from uma_engine.ranking.factors import as_number
 from uma_engine.ranking.ledger import LedgerLine, aggregate
+from uma_engine.ranking.presidio import finder
 from uma_engine.ranking.redaction import Redaction, redact
 from uma_engine.ranking.surface import Read, Surface
 from uma_engine.ranking.ties import arrange, lot
@@ -180,6 +181,7 @@ def surface_call(
                 "instruction": instruction,
                 "max_tokens_per_candidate": max_tokens_per_candidate,
                 "engine": {"max_model_len": engine.max_model_len, "precision": engine.config.precision},
+                **({"finders": {name: finder(name)[1] for name in surface.redact_with}} if surface.redact_with else {}),
             },
             results=everyone,
             stack=info,
@@ -244,7 +246,7 @@ def redacted(surface: Surface, person: Candidate) -> tuple[str, tuple[Redaction,
     if not surface.redact:
         return text, ()
     names = [str(person.facts[key]) for key in surface.name_fields if person.facts.get(key)]
-    return redact(text, surface.redact, names)
+    return redact(text, surface.redact, names, [finder(name)[0] for name in surface.redact_with])
 
 
 def _calibrated(engine: EngineBase, surface: Surface, groups: Sequence[_Group]) -> Surface:

@@ -91,7 +91,7 @@ def _reader(model: str, known: Any) -> tuple[Callable[[str], list[Any]], str]:
             f"`redact_with` names the language model `{model}` but spaCy has none of that name",
             hint="install it as its makers say, give the directory it lies in, or take `presidio` alone",
         )
-    engine = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": model}])
+    engine: Any = SpacyNlpEngine(models=[{"lang_code": "en", "model_name": model}])
     engine.load()
     recognizer = known.SpacyRecognizer()
     meta = engine.nlp["en"].meta

@@ -4,7 +4,8 @@
 
 One probe is `rank`'s own form: the candidate and its question in one leaf. Several share the candidate's computed text and the
 words with which they begin. The job and the candidates are those of `examples/`; the prefix cache is off, so that every run
-computes everything anew. Time is the processor time of this process, beside it that of the clock, which other load inflates. `floor` is
+computes everything anew; the forms take turns, another one first each time. Time is the processor time of this process, beside it that
+of the clock, which other load inflates. `floor` is
 the ratio of one probe to itself, turn by turn: a ratio says no more than its floor lets it, and where the floor is wider than
 `FLOOR_WIDTH` the run says so and gives no verdict. A score must have the same bits in both forms before any number is printed.
 """
@@ -57,8 +58,9 @@ def main() -> int:
                     print("the first probe's logits depend on the others: no number is reported", file=sys.stderr)
                     return 1
         times: dict[str, dict[int, list[float]]] = {clock: {n: [] for n in (*surfaces, 0)} for clock in ("cpu", "wall")}
-        for _ in range(args.repeats):
-            for n in times["cpu"]:  # 0: one probe again, for the floor
+        order = [*times["cpu"]]  # 0: one probe again, for the floor
+        for turn in range(args.repeats):
+            for n in order[turn % len(order) :] + order[: turn % len(order)]:  # nobody is always first
                 began = time.process_time(), time.perf_counter()
                 engine.rank(job, people, surface=surfaces[n or 1])
                 times["cpu"][n].append(time.process_time() - began[0])

@@ -6,6 +6,7 @@ Knows names, defaults and limits; does not know files, tensors or environment va
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from uma_engine.errors import InvalidRequest
@@ -17,6 +18,7 @@ DEVICES = ("cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MODES = ("audit", "fast")
 LORA_STORAGES = ("dense", "fp8", "int4")
+LOG_CONTENTS = ("full", "digest")
 
 MAY_BE_ZERO = frozenset({"max_loras", "seed"})
 MAX_INT = {
@@ -57,6 +59,9 @@ class EngineConfig:
     lora_storage: str = "dense"
     gpu_memory_utilization: float = 0.9  # share of the device's memory that the engine may fill
     enforce_eager: bool = False  # never replay CUDA graphs
+    # Keep the decision record of every ranking in this file; see `uma_engine.decision_log`. What cannot be kept is not answered
+    decision_log: str | Path | None = None
+    decision_log_content: str = "full"  # "digest": of job and candidates salted digests alone
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -82,11 +87,16 @@ class EngineConfig:
             ("dtype", DTYPES),
             ("mode", MODES),
             ("lora_storage", LORA_STORAGES),
+            ("decision_log_content", LOG_CONTENTS),
         ):
             if getattr(self, name) not in accepted:
                 raise InvalidRequest(
                     f"`{name}` is `{getattr(self, name)}` but must be one of {', '.join(accepted)}", param=name
                 )
+        if self.decision_log is not None and (
+            not isinstance(self.decision_log, str | Path) or not str(self.decision_log)
+        ):
+            raise InvalidRequest(f"`decision_log` is `{self.decision_log!r}` but must be a path", param="decision_log")
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise InvalidRequest(

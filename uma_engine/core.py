@@ -210,8 +210,11 @@ class Request:
     __slots__ = (
         "adapter",
         "arrival",
+        "attention_flops",
         "cache_root",
+        "core_seconds",
         "deadline",
+        "gpu_seconds",
         "kind",
         "label_token_ids",
         "num_cached_tokens",
@@ -273,6 +276,9 @@ class Request:
         self.num_computed_tokens = 0  # tokens run for it, again after a preemption included; set by the scheduler
         self.num_cached_tokens = 0  # tokens taken from the prefix cache instead; set by the scheduler
         self.num_preemptions = 0
+        self.attention_flops = 0  # what it cost so far; these three are set by the engine's meter
+        self.core_seconds = 0.0
+        self.gpu_seconds = 0.0
         self.output_token_ids: list[int] = []  # also appended to segments[0].token_ids, which the KV cache follows
         self.scores_left = sum(s.scored for s in segments)
         self.scheduler_state: Any = None  # the scheduler's own

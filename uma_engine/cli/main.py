@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from uma_engine._version import __version__
 from uma_engine.catalog import DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
-from uma_engine.config import DEVICES, DTYPES, PRECISIONS
+from uma_engine.cli.record import add_commands as add_record_commands
+from uma_engine.config import DEVICES, DTYPES, LOG_CONTENTS, PRECISIONS
 from uma_engine.errors import UmaError
 
 __all__ = ["main"]
@@ -85,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument("--top-n", type=int, metavar="N", help="show the best N only")
     rank.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rank.add_argument("--record", metavar="FILE", help="write the decision record, which `uma replay` recomputes")
+    rank.add_argument("--log", metavar="FILE", help="append the decision record to this log; see `uma record`")
+    rank.add_argument(
+        "--log-content",
+        choices=LOG_CONTENTS,
+        default="full",
+        help="what the log keeps of job and candidates: their words, or salted digests (default: full)",
+    )
     rank.add_argument(
         "--surface", metavar="FILE", help="score by the factors that this TOML file declares, and show the ledger"
     )
@@ -121,9 +129,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_lazy("generate"))
 
     replay = commands.add_parser("replay", help="recompute a decision record and compare every bit")
-    replay.add_argument("record", metavar="RECORD", help="a file written by `uma rank --record`")
+    replay.add_argument("record", metavar="RECORD|LOG", help="a file written by `uma rank --record`, or a decision log")
+    replay.add_argument("id", nargs="?", type=int, metavar="ID", help="which record of a log")
+    replay.add_argument("--all", action="store_true", help="every record of a log")
+    replay.add_argument("--job", metavar="FILE", help="the job, where a log keeps digests")
+    replay.add_argument("--candidates", metavar="FILE", help="the candidates, where a log keeps digests")
     _model_options(replay, recorded=True)
     replay.set_defaults(run=_lazy("replay"))
+
+    add_record_commands(commands)
 
     bench = commands.add_parser("bench", help="how fast this machine ranks, and where the time goes")
     bench.add_argument("--candidates", type=int, default=64, metavar="N", help="candidates of one job (default: 64)")

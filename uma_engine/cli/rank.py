@@ -17,7 +17,7 @@ from uma_engine.errors import InvalidRequest
 from uma_engine.ranking.surface import Surface
 from uma_engine.tasks.candidates import read_candidates, read_job
 from uma_engine.tasks.records import check_writable, write_json
-from uma_engine.tasks.results import RankAnswer, RankResult, SurfaceAnswer
+from uma_engine.tasks.results import RankAnswer, RankResult, SurfaceAnswer, Usage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     labels = [word.strip() for word in args.labels.split(",")]
     if args.record:
         check_writable(args.record)  # now, not after minutes of work
-    with open_engine(args, adapters=surface.adapters if surface else None) as (engine, adapter):
+    log = {"decision_log": args.log, "decision_log_content": args.log_content} if args.log else {}
+    with open_engine(args, adapters=surface.adapters if surface else None, **log) as (engine, adapter):
         ready = time.perf_counter()
         answer = engine.rank(
             job,
@@ -108,6 +109,8 @@ def show(
     for warning in answer.warnings:
         console.print(Text(f"! {warning}", style="yellow"))
     console.print(Text(_cost(answer, load_seconds), style="bold"))
+    if answer.logged is not None:
+        console.print(Text(f"record {answer.logged.id} of the decision log, head {answer.logged.head}", style="dim"))
     stack = answer.stack
     adapter = f" + {stack.adapter} {stack.adapter_digest[:12]}" if stack.adapter_digest else ""
     if isinstance(answer, SurfaceAnswer):
@@ -168,11 +171,17 @@ def _reason(result: RankResult, labels: Sequence[str], mean: float) -> str:
     return f"{logits}  mean {result.score - mean:+.4f}"
 
 
+def _spent(usage: Usage) -> str:
+    return f"{usage.gpu_seconds:.2f} GPU-s" if usage.gpu_seconds else f"{usage.core_seconds:.2f} core-s"
+
+
 def _cost(answer: RankAnswer, load_seconds: float) -> str:
     usage, n = answer.usage, len(answer.all_results)
     rate = n / usage.total_time if usage.total_time else 0.0
     share = usage.reused_tokens / usage.prompt_tokens if usage.prompt_tokens else 0.0
+    flops = usage.flops + usage.attention_flops
     return (
         f"{n} candidates in {usage.total_time:.2f} s = {rate:.1f} candidates/s | tokens: {usage.computed_tokens:,} computed, "
-        f"{usage.reused_tokens:,} reused ({share:.0%}) | {usage.flops / 1e9:,.0f} GFLOP | model ready in {load_seconds:.1f} s"
+        f"{usage.reused_tokens:,} reused ({share:.0%}) | {flops / 1e9:,.0f} GFLOP, {_spent(usage)} | "
+        f"model ready in {load_seconds:.1f} s"
     )

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from uma_engine.core import FinishReason, Request, RequestKind, SchedulerOutput, StepResult
+from uma_engine.engine.meter import StepMeter
 from uma_engine.errors import (
     DeadlineExceeded,
     EngineUnavailable,
@@ -71,6 +72,7 @@ class _Underway:
     output: SchedulerOutput
     launched: Launched
     events: list[Event]
+    began: float
 
 
 class EngineLoop:
@@ -86,11 +88,13 @@ class EngineLoop:
         *,
         max_waiting: int,
         on_thread_start: Callable[[], None] | None = None,
+        meter: StepMeter | None = None,
         name: str = "uma-engine",
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._max_waiting = max_waiting
+        self._meter = meter
         self._on_thread_start = on_thread_start
         self._commands: deque[Callable[[], object]] = deque()
         self._pending_adds = 0
@@ -194,13 +198,18 @@ class EngineLoop:
         try:
             if self._on_thread_start is not None:
                 self._on_thread_start()
+            idle = True
             while True:
                 with self._wake:
                     while not (self._commands or self._closing or self._underway or self._scheduler.has_unfinished()):
+                        idle = True
                         self._wake.wait()
                 if self._closing:
                     break
                 self._run_commands()
+                if idle and self._meter is not None:
+                    self._meter.begin()
+                idle = False
                 if self._scheduler.has_unfinished():
                     self._step()
                 else:
@@ -251,7 +260,9 @@ class EngineLoop:
                 with _collector_paused():
                     events = self._launch(self._runner, output)
             else:
-                events = self._scheduler.update(output, self._runner.run(output))
+                result = self._runner.run(output)
+                self._charge(output, started)
+                events = self._scheduler.update(output, result)
         except Exception as error:
             logger.exception("a step failed")
             failure = error if isinstance(error, UmaError) else InvariantViolation(f"a step failed: {error!r}")
@@ -273,12 +284,15 @@ class EngineLoop:
         once that it is done, and the next step is planned and launched behind it. What it frees can be given away, for
         steps run in order. A step with tokens is waited for: the next one needs them.
         """
+        began = time.perf_counter()
         launched = runner.launch(output)
         if any(chunk.wants_output and chunk.request.kind is not RequestKind.SCORE for chunk in output.chunks):
             self._land()
-            return self._scheduler.update(output, launched.result())
+            result = launched.result()
+            self._charge(output, began)
+            return self._scheduler.update(output, result)
         unknown: list[list[float] | int | UmaError] = [[] for chunk in output.chunks if chunk.wants_output]
-        underway = _Underway(output, launched, self._scheduler.update(output, StepResult(unknown)))
+        underway = _Underway(output, launched, self._scheduler.update(output, StepResult(unknown)), began)
         self._land()
         self._underway = underway
         return []
@@ -297,6 +311,7 @@ class EngineLoop:
             for chunk in underway.output.chunks:
                 self._fail(chunk.request.request_id, failure)
             return
+        self._charge(underway.output, underway.began)
         found = {
             (chunk.request.request_id, chunk.segment_index): value for chunk, value in zip(wanted, outputs, strict=True)
         }
@@ -309,6 +324,11 @@ class EngineLoop:
                 assert isinstance(value, list)
                 event.logits = value
             self._deliver(event)
+
+    def _charge(self, output: SchedulerOutput, began: float) -> None:
+        """Before the step's results are handed over: who has its answer may ask what it cost."""
+        if self._meter is not None:
+            self._meter.charge(output.chunks, began)
 
     def _fail(self, request_id: str, error: UmaError) -> None:
         """End a request whose step went wrong after the scheduler had taken it for done."""

@@ -32,6 +32,7 @@ class BlockPool:
         self.evictions = 0  # cached blocks handed out for something else
         self._ref_counts = [0] * num_blocks
         self._keys: list[bytes | None] = [None] * num_blocks
+        self._written: set[int] = set()  # blocks that somebody has held since they were last wiped
         self._cached: dict[bytes, int] = {}  # key -> block, used or free
         self._free_blank = list(range(num_blocks - 1, -1, -1))  # a stack: the block freed last is the warmest
         self._free_cached: OrderedDict[int, None] = OrderedDict()  # first: least recently freed
@@ -69,6 +70,7 @@ class BlockPool:
                 self.evictions += 1
             self._ref_counts[block_id] = 1
             taken.append(block_id)
+        self._written.update(taken)
         return taken
 
     def incref(self, block_ids: Sequence[int]) -> None:
@@ -118,6 +120,19 @@ class BlockPool:
         self._cached[key] = block_id
         self._keys[block_id] = key
         return True
+
+    def drop_cached(self) -> list[int]:
+        """Let no key find a block any more; the free blocks that hold somebody's bytes, for the caller to wipe.
+
+        A block that is in use keeps its user and is free without a key afterwards; its bytes stay until then.
+        """
+        for block_id in list(self._cached.values()):
+            self._forget(block_id)
+        self._free_blank.extend(self._free_cached)
+        self._free_cached.clear()
+        dirty = sorted(block_id for block_id in self._written if self._ref_counts[block_id] == 0)
+        self._written.difference_update(dirty)
+        return dirty
 
     def check_integrity(self) -> None:
         """Raise InvariantViolation unless each block is free or used, once, and keys and blocks agree both ways."""

@@ -5,6 +5,7 @@ Knows rows, slots and who attends to what; does not know requests, weights or wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,16 @@ class KVCacheTensors:
 
     k: list[torch.Tensor]
     v: list[torch.Tensor]
+
+    @torch.inference_mode()
+    def wipe(self, block_ids: Sequence[int], block_size: int) -> None:
+        """Overwrite the slots of these blocks with zeros. On a device behind the steps launched before, in their stream."""
+        if not block_ids:
+            return
+        for tensors in (self.k, self.v):
+            for tensor in tensors:
+                blocks = tensor.view(-1, block_size, *tensor.shape[1:])
+                blocks[torch.tensor(block_ids, dtype=torch.int64, device=tensor.device)] = 0
 
 
 @dataclass(frozen=True, slots=True)

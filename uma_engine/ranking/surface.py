@@ -19,6 +19,7 @@ from uma_engine.errors import SurfaceError
 from uma_engine.ranking.calibration import Calibration
 from uma_engine.ranking.factors import Fact, curve_from
 from uma_engine.ranking.ledger import AGGREGATES, Aggregate
+from uma_engine.ranking.presidio import check_finder
 from uma_engine.ranking.redaction import KINDS, check_kinds
 
 __all__ = ["DEFAULT_PROBE", "Read", "Surface", "TieOrder", "question_of"]
@@ -83,7 +84,7 @@ class Surface:
     `resolution`: scores that differ by less are a tie, shown as one. `tie_order`: within a tie a `lot`, drawn from the job and the
     candidates' ids and so the same again for the same question but nobody's advantage over many; or the input's `index`.
     `redact`: what is taken out of texts before a read sees them. `name_fields`: facts that hold names the candidate goes by.
-    `adapters` says where adapters lie, for who loads them.
+    `redact_with`: finders beside the rules, see `ranking.presidio`. `adapters` says where adapters lie, for who loads them.
     """
 
     name: str
@@ -96,10 +97,11 @@ class Surface:
     redact: tuple[str, ...] = KINDS
     name_fields: tuple[str, ...] = ("name",)
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    redact_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _words("name", self.name)
-        for key in ("facts", "reads", "redact", "name_fields"):
+        for key in ("facts", "reads", "redact", "name_fields", "redact_with"):
             if isinstance(getattr(self, key), str):
                 raise SurfaceError(f"`{key}` is a single string but must be a list")
             object.__setattr__(self, key, tuple(getattr(self, key)))
@@ -119,6 +121,9 @@ class Surface:
         _distinct("factors with the name", (f.name for f in factors))
         _check_number("`resolution`", self.resolution, 0.0, 1.0)
         object.__setattr__(self, "redact", check_kinds(self.redact))
+        _distinct("finders", map(check_finder, self.redact_with))
+        if self.redact_with and not self.redact:
+            raise SurfaceError("`redact_with` is given but `redact` is off", hint="leave one of them out")
         if self.instruction is not None:
             _words("instruction", self.instruction)
         for read in self.reads:
@@ -150,7 +155,7 @@ class Surface:
     def from_dict(cls, data: Mapping[str, Any], *, base: Path | None = None) -> Surface:
         """A surface from plain data, as TOML or JSON have it. `base`: where relative paths begin. Errors: SurfaceError"""
         keys = ("name", "aggregate", "resolution", "tie_order", "instruction", "name_fields")
-        table = _table(data, "the surface", (*keys, "facts", "reads", "redact", "adapters"))
+        table = _table(data, "the surface", (*keys, "facts", "reads", "redact", "redact_with", "adapters"))
         found: dict[str, Any] = {key: table[key] for key in keys if table.get(key) is not None}
         if "name" not in found:
             raise SurfaceError("the surface has no `name`")
@@ -160,6 +165,8 @@ class Surface:
         found["reads"] = tuple(_read(item, place, base) for place, item in _entries(table, "reads"))
         redact = table.get("redact", True)
         found["redact"] = (KINDS if redact else ()) if isinstance(redact, bool) else _strings(redact, "redact")
+        if table.get("redact_with") is not None:
+            found["redact_with"] = _strings(table["redact_with"], "redact_with")
         adapters = _table(table.get("adapters") or {}, "`adapters`", None)
         for name, path in adapters.items():
             if not isinstance(path, str):
@@ -169,7 +176,8 @@ class Surface:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON. Where adapters lie is left out: it is no part of what the surface says."""
-        return {
+        finders = {"redact_with": list(self.redact_with)} if self.redact_with else {}
+        return finders | {
             "name": self.name,
             "aggregate": self.aggregate,
             "resolution": self.resolution,
@@ -183,7 +191,8 @@ class Surface:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """Of what it says: `60` and `60.0` are one number, for a declaration read back from plain data may have either."""
+        return hashlib.sha256(json.dumps(_doubles(self.to_dict()), sort_keys=True).encode()).hexdigest()
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -191,7 +200,16 @@ class Surface:
         return (*(fact.weight for fact in self.facts), *(read.weight for read in self.reads))
 
     def without_redaction(self) -> Surface:
-        return replace(self, redact=())
+        return replace(self, redact=(), redact_with=())
+
+
+def _doubles(value: Any) -> Any:
+    """Plain data with every number a double."""
+    if isinstance(value, Mapping):
+        return {key: _doubles(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_doubles(item) for item in value]
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _check_read(read: Read) -> None:

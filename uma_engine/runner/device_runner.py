@@ -189,6 +189,10 @@ class DeviceRunner:
         gc.collect()
         gc.freeze()
 
+    def wipe(self, block_ids: Sequence[int]) -> None:
+        """Zeros over the keys and values of blocks that nobody uses. Between two steps."""
+        self._kv.wipe(block_ids, self._config.block_size)
+
     def release(self) -> None:
         """Let go of weights, KV cache, graphs and adapters; nothing can run afterwards."""
         self._kv = KVCacheTensors([], [])

@@ -47,6 +47,10 @@ class ModelRunner:
             v=[torch.empty(shape, dtype=torch.float32) for _ in range(c.num_layers)],
         )
 
+    def wipe(self, block_ids: Sequence[int]) -> None:
+        """Zeros over the keys and values of blocks that nobody uses. Between two steps."""
+        self._kv.wipe(block_ids, self._config.block_size)
+
     def release(self) -> None:
         """Let go of the weights and the KV cache; nothing can run afterwards."""
         self._kv = KVCacheTensors([], [])

@@ -9,18 +9,22 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uma_engine.core import AdapterRef, Candidate, SamplingParams
 from uma_engine.errors import UmaError
 from uma_engine.ranking.calibration import Calibration, Method
 from uma_engine.ranking.surface import Surface
-from uma_engine.tasks.audit import Audit
+from uma_engine.tasks.audit import AsyncAudit, Audit
 from uma_engine.tasks.base import EngineBase
 from uma_engine.tasks.calibrate import calibrate
 from uma_engine.tasks.calls import Call
+from uma_engine.tasks.decisions import ForgetsPeople, ForgetsTexts, close_log, forget, logged
 from uma_engine.tasks.plan import finish, prepared, run, run_async
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
+
+if TYPE_CHECKING:
+    from uma_engine.decision_log import Forgotten
 
 __all__ = ["AsyncEngine", "Engine"]
 
@@ -41,6 +45,7 @@ class Engine(EngineBase):
     def close(self) -> None:
         """Stop the engine. Calls in flight end with EngineUnavailable. Idempotent."""
         self._stack.close()
+        close_log(self._log)
 
     @property
     def audit(self) -> Audit:
@@ -81,7 +86,8 @@ class Engine(EngineBase):
                     the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
         Numerics:   the same bits alone, in any batch, in any order, cached or not.
         Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), SurfaceError,
-                    UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
+                    UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable
+                    (also where a decision log is kept and cannot take the record: then there is no answer).
         """
         plan = self._rank_plan(
             query,
@@ -96,7 +102,23 @@ class Engine(EngineBase):
             surface=surface,
             job_facts=job_facts,
         )
-        return run(plan)
+        return run(logged(plan, self._log, tenant))
+
+    def forget(
+        self,
+        candidate_id: str,
+        *,
+        tenant: str | None = None,
+        texts: Sequence[str] = (),
+        also: Sequence[ForgetsPeople | ForgetsTexts] = (),
+    ) -> Forgotten:
+        """Remove a person's content: from the decision log (proved by a scan of its files, with an entry that says so), from the KV
+        cache, and from the stores in `also`: indexes (`delete(id)`) and embedders (`forget(texts)`).
+
+        `texts`: theirs, where the log has none or they had others. Rankings of them in flight should have ended. Errors as
+        `DecisionLog.forget`; EngineUnavailable where something may still be there
+        """
+        return forget(self, candidate_id, tenant, texts, also)
 
     def calibrate(
         self,
@@ -113,7 +135,7 @@ class Engine(EngineBase):
         Texts are redacted and cut as the surface has it. `save_to`: a file, or the adapter's directory, where
         `calibration = true` finds it. Errors: SurfaceError, InvalidRequest for too few examples; otherwise as `rank`
         """
-        return calibrate(self, surface, read, examples, method, adapter, save_to)
+        return run(calibrate(self, surface, read, examples, method, adapter, save_to))
 
     def score(
         self,
@@ -238,6 +260,7 @@ class AsyncEngine(EngineBase):
     async def close(self) -> None:
         """Stop the engine. Calls in flight end with EngineUnavailable. Idempotent."""
         await asyncio.to_thread(self._stack.close)
+        close_log(self._log)
 
     async def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
         """As `Engine.load_adapter`."""
@@ -273,7 +296,36 @@ class AsyncEngine(EngineBase):
             surface=surface,
             job_facts=job_facts,
         )
-        return await run_async(plan)
+        return await run_async(logged(plan, self._log, tenant))
+
+    @property
+    def audit(self) -> AsyncAudit:
+        """As `Engine.audit`, its methods coroutines."""
+        return AsyncAudit(self)
+
+    async def forget(
+        self,
+        candidate_id: str,
+        *,
+        tenant: str | None = None,
+        texts: Sequence[str] = (),
+        also: Sequence[ForgetsPeople | ForgetsTexts] = (),
+    ) -> Forgotten:
+        """As `Engine.forget`."""
+        return await asyncio.to_thread(forget, self, candidate_id, tenant, texts, also)
+
+    async def calibrate(
+        self,
+        surface: Surface | Mapping[str, Any] | str | Path,
+        read: str,
+        examples: Iterable[tuple[str, Candidate | str, bool]],
+        *,
+        method: Method = "temperature",
+        adapter: str | None = None,
+        save_to: str | Path | None = None,
+    ) -> Calibration:
+        """As `Engine.calibrate`."""
+        return await run_async(calibrate(self, surface, read, examples, method, adapter, save_to))
 
     async def score(
         self,

@@ -1,6 +1,6 @@
 """Audits that drive the live scorer: would somebody else with the same profile, or the same job in other words, get another answer?
 
-Knows the public `rank` call and what to compare; does not know how scores are made. Twins are ranked beside the pool in one call: nobody's
+Knows the plan of `rank` and what to compare; does not know how scores are made. Twins are ranked beside the pool in one call: nobody's
 score depends on the company, so each stands in the candidate's place afterwards.
 """
 
@@ -19,13 +19,15 @@ from uma_engine.ranking.identities import AXES, Identity, draw, dress
 from uma_engine.ranking.rewrites import rewrites
 from uma_engine.ranking.surface import Surface
 from uma_engine.ranking.ties import arrange, lot
+from uma_engine.tasks.decisions import unlogged
+from uma_engine.tasks.plan import Plan, run, run_async
 from uma_engine.tasks.rank import as_candidates
 from uma_engine.tasks.surface_rank import as_surface, redacted
 
 if TYPE_CHECKING:
-    from uma_engine.tasks.api import Engine
+    from uma_engine.tasks.base import EngineBase
 
-__all__ = ["Audit", "AxisReport", "CounterfactualReport", "Flip", "ParaphraseReport", "RewriteReport"]
+__all__ = ["AsyncAudit", "Audit", "AxisReport", "CounterfactualReport", "Flip", "ParaphraseReport", "RewriteReport"]
 
 AnySurface = Surface | Mapping[str, Any] | str | Path | None
 
@@ -116,9 +118,9 @@ class _Twins:
 
 
 class Audit:
-    """Audits of one engine: `engine.audit`."""
+    """Audits of one engine: `engine.audit`. Their rankings are no decisions and go into no decision log."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: EngineBase) -> None:
         self._engine = engine
 
     def counterfactual(
@@ -139,51 +141,7 @@ class Audit:
         `pairs` on each axis (default: one a candidate), over the candidates in turn. Without a surface nothing is redacted; with one,
         `redact=False` measures what would happen without. `options` go to `rank`. Errors: as `rank`; InvalidRequest
         """
-        pool = as_candidates(candidates)
-        declared = None if surface is None else as_surface(surface)
-        if declared is not None and not redact:
-            declared = declared.without_redaction()
-        _check("top_k", top_k, len(pool) - 1)
-        if pairs is not None:
-            _check("pairs", pairs, 10**6)
-        twins, skipped = _make_twins(pool, axes, pairs or len(pool), declared, random.Random(seed))
-        everyone = [*pool, *(person for t in twins for person in t.people)]
-        answer = self._engine.rank(job, everyone, surface=declared, **options)
-        scores = [r.score for r in answer.all_results]
-        placer = _Placer(job.strip(), pool, scores[: len(pool)], declared)
-        flips: list[Flip] = []
-        reports = []
-        for axis in axes:
-            changes: dict[str, list[float]] = {}
-            same = flips_in = flips_out = 0
-            for number, t in enumerate(twins):
-                if t.first.axis != axis:
-                    continue
-                a, b = scores[len(pool) + 2 * number : len(pool) + 2 * number + 2]
-                changes.setdefault(f"{t.first.group} -> {t.second.group}", []).append(b - a)
-                same += _read(t.people[0], declared) == _read(t.people[1], declared)
-                first, second = placer.position(t.place, a), placer.position(t.place, b)
-                flips_in += second < top_k <= first
-                flips_out += first < top_k <= second
-                if (first < top_k) != (second < top_k):
-                    flips.append(Flip(pool[t.place].id, axis, t.first.value, t.second.value, first + 1, second + 1))
-            n = sum(map(len, changes.values()))
-            reports.append(
-                AxisReport(
-                    axis=axis,
-                    pairs=n,
-                    flips_in=flips_in,
-                    flips_out=flips_out,
-                    flip_rate=(flips_in + flips_out) / n if n else 0.0,
-                    upper_95=upper_bound(flips_in + flips_out, n),
-                    same_input=same,
-                    largest_change=max((abs(c) for found in changes.values() for c in found), default=0.0),
-                    mean_change={contrast: sum(found) / len(found) for contrast, found in sorted(changes.items())},
-                    skipped=skipped[axis],
-                )
-            )
-        kinds = () if declared is None else declared.redact
-        return CounterfactualReport(top_k, len(pool), kinds, tuple(reports), tuple(flips))
+        return run(_counterfactual(self._engine, job, candidates, surface, axes, pairs, top_k, redact, seed, options))
 
     def paraphrase(
         self,
@@ -202,56 +160,170 @@ class Audit:
         `synonyms` maps terms to others (default: other labels of ICT occupations and skills in ESCO). `options` go to `rank`.
         Errors: as `rank`; InvalidRequest where the job is too short to be rewritten
         """
-        pool = as_candidates(candidates)
-        _check("n", n, 1000)
-        _check("top_k", top_k, len(pool) - 1)
-        declared = None if surface is None else as_surface(surface)
-        found = rewrites(job, n, seed=seed, synonyms=synonyms)
-        if not found:
-            raise InvalidRequest(
-                "the job gives no rewrites",
-                hint="it has neither lists nor several sentences nor known terms",
-                param="job",
-            )
-        before, top = self._ranked(job, pool, declared, job, top_k, options)
-        reports = []
-        for rewrite in found:
-            after, new_top = self._ranked(rewrite.text, pool, declared, job, top_k, options)
-            reports.append(
-                RewriteReport(
-                    rules=rewrite.rules,
-                    text=rewrite.text,
-                    kendall_tau=kendall_tau(before, after),
-                    top_k_overlap=overlap(top, new_top),
-                    entered=tuple(pool[i].id for i in new_top if i not in top),
-                    left=tuple(pool[i].id for i in top if i not in new_top),
-                    largest_change=max(abs(a - b) for a, b in zip(before, after, strict=True)),
-                )
-            )
-        taus = [r.kendall_tau for r in reports]
-        return ParaphraseReport(
-            top_k=top_k,
-            num_candidates=len(pool),
-            rewrites=tuple(reports),
-            mean_tau=sum(taus) / len(taus),
-            lowest_tau=min(taus),
-            mean_overlap=sum(r.top_k_overlap for r in reports) / len(reports),
-            flip_rate=sum(len(r.left) for r in reports) / (top_k * len(reports)),
-        )
+        return run(_paraphrase(self._engine, job, candidates, n, surface, top_k, synonyms, seed, options))
 
-    def _ranked(
+
+class AsyncAudit:
+    """As `Audit`, for an AsyncEngine: the same methods as coroutines."""
+
+    def __init__(self, engine: EngineBase) -> None:
+        self._engine = engine
+
+    async def counterfactual(
         self,
         job: str,
-        pool: Sequence[Candidate],
-        surface: Surface | None,
-        original: str,
-        top_k: int,
-        options: Mapping[str, Any],
-    ) -> tuple[list[float], list[int]]:
-        """Scores and the top k. Lots are drawn for the original job: a rewrite is the same question."""
-        answer = self._engine.rank(job, pool, surface=surface, **options)
-        scores = [r.score for r in answer.all_results]
-        return scores, _Placer(original.strip(), pool, scores, surface).top(top_k)
+        candidates: Iterable[Candidate | str],
+        *,
+        surface: AnySurface = None,
+        axes: Sequence[str] = AXES,
+        pairs: int | None = None,
+        top_k: int = 5,
+        redact: bool = True,
+        seed: int = 0,
+        **options: Any,
+    ) -> CounterfactualReport:
+        """As `Audit.counterfactual`."""
+        return await run_async(
+            _counterfactual(self._engine, job, candidates, surface, axes, pairs, top_k, redact, seed, options)
+        )
+
+    async def paraphrase(
+        self,
+        job: str,
+        candidates: Iterable[Candidate | str],
+        n: int = 8,
+        *,
+        surface: AnySurface = None,
+        top_k: int = 5,
+        synonyms: Mapping[str, Sequence[str]] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> ParaphraseReport:
+        """As `Audit.paraphrase`."""
+        return await run_async(_paraphrase(self._engine, job, candidates, n, surface, top_k, synonyms, seed, options))
+
+
+def _counterfactual(
+    engine: EngineBase,
+    job: str,
+    candidates: Iterable[Candidate | str],
+    surface: AnySurface,
+    axes: Sequence[str],
+    pairs: int | None,
+    top_k: int,
+    redact: bool,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Plan[CounterfactualReport]:
+    pool = as_candidates(candidates)
+    declared = None if surface is None else as_surface(surface)
+    if declared is not None and not redact:
+        declared = declared.without_redaction()
+    _check("top_k", top_k, len(pool) - 1)
+    if pairs is not None:
+        _check("pairs", pairs, 10**6)
+    twins, skipped = _make_twins(pool, axes, pairs or len(pool), declared, random.Random(seed))
+    everyone = [*pool, *(person for t in twins for person in t.people)]
+    answer = yield from unlogged(engine, job, everyone, surface=declared, **options)
+    scores = [r.score for r in answer.all_results]
+    placer = _Placer(job.strip(), pool, scores[: len(pool)], declared)
+    flips: list[Flip] = []
+    reports = []
+    for axis in axes:
+        changes: dict[str, list[float]] = {}
+        same = flips_in = flips_out = 0
+        for number, t in enumerate(twins):
+            if t.first.axis != axis:
+                continue
+            a, b = scores[len(pool) + 2 * number : len(pool) + 2 * number + 2]
+            changes.setdefault(f"{t.first.group} -> {t.second.group}", []).append(b - a)
+            same += _read(t.people[0], declared) == _read(t.people[1], declared)
+            first, second = placer.position(t.place, a), placer.position(t.place, b)
+            flips_in += second < top_k <= first
+            flips_out += first < top_k <= second
+            if (first < top_k) != (second < top_k):
+                flips.append(Flip(pool[t.place].id, axis, t.first.value, t.second.value, first + 1, second + 1))
+        n = sum(map(len, changes.values()))
+        reports.append(
+            AxisReport(
+                axis=axis,
+                pairs=n,
+                flips_in=flips_in,
+                flips_out=flips_out,
+                flip_rate=(flips_in + flips_out) / n if n else 0.0,
+                upper_95=upper_bound(flips_in + flips_out, n),
+                same_input=same,
+                largest_change=max((abs(c) for found in changes.values() for c in found), default=0.0),
+                mean_change={contrast: sum(found) / len(found) for contrast, found in sorted(changes.items())},
+                skipped=skipped[axis],
+            )
+        )
+    kinds = () if declared is None else declared.redact
+    return CounterfactualReport(top_k, len(pool), kinds, tuple(reports), tuple(flips))
+
+
+def _paraphrase(
+    engine: EngineBase,
+    job: str,
+    candidates: Iterable[Candidate | str],
+    n: int,
+    surface: AnySurface,
+    top_k: int,
+    synonyms: Mapping[str, Sequence[str]] | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Plan[ParaphraseReport]:
+    pool = as_candidates(candidates)
+    _check("n", n, 1000)
+    _check("top_k", top_k, len(pool) - 1)
+    declared = None if surface is None else as_surface(surface)
+    found = rewrites(job, n, seed=seed, synonyms=synonyms)
+    if not found:
+        raise InvalidRequest(
+            "the job gives no rewrites",
+            hint="it has neither lists nor several sentences nor known terms",
+            param="job",
+        )
+    before, top = yield from _ranked(engine, job, pool, declared, job, top_k, options)
+    reports = []
+    for rewrite in found:
+        after, new_top = yield from _ranked(engine, rewrite.text, pool, declared, job, top_k, options)
+        reports.append(
+            RewriteReport(
+                rules=rewrite.rules,
+                text=rewrite.text,
+                kendall_tau=kendall_tau(before, after),
+                top_k_overlap=overlap(top, new_top),
+                entered=tuple(pool[i].id for i in new_top if i not in top),
+                left=tuple(pool[i].id for i in top if i not in new_top),
+                largest_change=max(abs(a - b) for a, b in zip(before, after, strict=True)),
+            )
+        )
+    taus = [r.kendall_tau for r in reports]
+    return ParaphraseReport(
+        top_k=top_k,
+        num_candidates=len(pool),
+        rewrites=tuple(reports),
+        mean_tau=sum(taus) / len(taus),
+        lowest_tau=min(taus),
+        mean_overlap=sum(r.top_k_overlap for r in reports) / len(reports),
+        flip_rate=sum(len(r.left) for r in reports) / (top_k * len(reports)),
+    )
+
+
+def _ranked(
+    engine: EngineBase,
+    job: str,
+    pool: Sequence[Candidate],
+    surface: Surface | None,
+    original: str,
+    top_k: int,
+    options: Mapping[str, Any],
+) -> Plan[tuple[list[float], list[int]]]:
+    """Scores and the top k. Lots are drawn for the original job: a rewrite is the same question."""
+    answer = yield from unlogged(engine, job, pool, surface=surface, **options)
+    scores = [r.score for r in answer.all_results]
+    return scores, _Placer(original.strip(), pool, scores, surface).top(top_k)
 
 
 class _Placer:

@@ -31,15 +31,18 @@ from uma_engine.errors import EngineUnavailable, InvalidRequest, TooLarge, UmaEr
 from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
+from uma_engine.tasks.decisions import close_log, open_log
 from uma_engine.tasks.generate import TextSink
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
-from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
+from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo
 from uma_engine.tasks.stack import Progress, Stack
 from uma_engine.tasks.surface_rank import as_surface, surface_call
+from uma_engine.tasks.usage import Clock, usage_of
 
 if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
+    from uma_engine.decision_log import DecisionLog
 
 __all__ = ["EngineBase"]
 
@@ -60,7 +63,13 @@ class EngineBase:
         except TypeError as error:
             known = ", ".join(f"`{name}`" for name in EngineConfig.__dataclass_fields__)
             raise InvalidRequest(f"unknown engine option: {error}", hint=f"options are {known}") from error
-        self._stack = Stack(model, self.config, progress)
+        self._log = open_log(self.config)  # before the weights: what is wrong with it shows at once
+        weakref.finalize(self, close_log, self._log)
+        try:
+            self._stack = Stack(model, self.config, progress)
+        except BaseException:
+            close_log(self._log)
+            raise
         self._ids = itertools.count()
         tokenizer, template = self._stack.tokenizer, self._stack.template
         # A prompt's template is rendered once for each question. (No reference to self: it would be a cycle.)
@@ -127,6 +136,11 @@ class EngineBase:
             backend=s.backend,
             version=__version__,
         )
+
+    @property
+    def decision_log(self) -> DecisionLog | None:
+        """The log of the option `decision_log`, to read, export and verify; None without it."""
+        return self._log
 
     def _check_open(self) -> None:
         if self._stack.loop.closed:
@@ -199,17 +213,6 @@ class EngineBase:
             )
         return time.monotonic() + deadline
 
-    def _score_usage(self, request: Request, tokenization_time: float, started: float, prompt_tokens: int) -> Usage:
-        return Usage(
-            prompt_tokens=prompt_tokens,
-            computed_tokens=request.num_computed_tokens,
-            cached_tokens=request.num_cached_tokens,
-            output_tokens=0,
-            flops=request.num_computed_tokens * self._stack.flops_per_token,
-            tokenization_time=tokenization_time,
-            inference_time=time.perf_counter() - started,
-        )
-
     def _rank_plan(
         self,
         query: str,
@@ -235,7 +238,7 @@ class EngineBase:
         job_facts: Mapping[str, Any] | None,
     ) -> Call[RankAnswer]:
         self._check_open()
-        began = time.perf_counter()
+        began = Clock()
         expires = self._deadline(deadline)
         # White space at a text's ends would change how the template around it is tokenised.
         query = _text("query", query).strip()
@@ -281,7 +284,7 @@ class EngineBase:
         limit = min(room, max_tokens_per_candidate) if max_tokens_per_candidate else room
         encoded = [self._stack.check_tokens(ids) for ids in tokenizer.encode_batch([c.text.strip() for c in people])]
         segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit)
-        tokenization_time = time.perf_counter() - began
+        tokenized = began.stage("tokenize")
         sink = ScoreSink()
         with self._leased(adapter, sink) as ref:
             stack = self.stack_info(adapter, ref)
@@ -304,11 +307,8 @@ class EngineBase:
             warnings.append(f"{cut} of {len(people)} candidates were cut to {limit} tokens; see `truncated_tokens`")
 
         def answer() -> RankAnswer:
-            usage = Usage(0, 0, 0, 0, 0.0, tokenization_time, 0.0)
-            logits: dict[int, list[float]] = {}
-            if people:
-                logits, paths = sink.future.result(), sum(s.path_offset + len(s) for s in segments if s.scored)
-                usage = self._score_usage(request, tokenization_time, call.started, paths)
+            logits = sink.future.result()
+            usage = usage_of(requests, tokenized, call.started, self._stack.flops_per_token)
             everyone: list[RankResult] = [
                 ranking.rank_result(i, person, labels, logits[i + 2], truncated[i]) for i, person in enumerate(people)
             ]
@@ -390,7 +390,7 @@ class EngineBase:
             if len(given) != n:
                 raise InvalidRequest(f"`{name}` has {len(given)} entries for {n} prompts", param=name)
         prepared: list[tuple[Segment, SamplingParams]] = []
-        began = time.perf_counter()
+        began = Clock()
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise InvalidRequest(f"`params[{index}]` is a `{type(p).__name__}`, not SamplingParams", param="params")
@@ -416,7 +416,7 @@ class EngineBase:
             if p.seed is None:
                 p = _with_seed(p, self.config.seed, ids, index)
             prepared.append((Segment(ids), p))
-        tokenization_time = time.perf_counter() - began
+        tokenized = began.stage("tokenize")
         requests: list[Request] = []
         sinks: list[TextSink] = []
         try:
@@ -447,24 +447,15 @@ class EngineBase:
                     sink.text,
                     tuple(request.output_token_ids),
                     sink.future.result(),
-                    self._generate_usage(request, tokenization_time, call.started, sink.ended_at),
+                    usage_of(
+                        [request], tokenized, call.started, self._stack.flops_per_token, "generate", sink.ended_at
+                    ),
                 )
                 for request, sink in zip(requests, sinks, strict=True)
             ]
 
         call: Call[list[Completion]] = Call(self._stack.loop, requests, sinks, build)
         return call
-
-    def _generate_usage(self, request: Request, tokenization_time: float, started: float, ended: float) -> Usage:
-        return Usage(
-            prompt_tokens=request.num_prompt_tokens,
-            computed_tokens=request.num_computed_tokens,
-            cached_tokens=request.num_cached_tokens,
-            output_tokens=len(request.output_token_ids),
-            flops=request.num_computed_tokens * self._stack.flops_per_token,
-            tokenization_time=tokenization_time,
-            inference_time=ended - started,
-        )
 
     def _eos_ids(self) -> frozenset[int]:
         eos = self._stack.tokenizer.eos_id

@@ -1,6 +1,6 @@
 """Fitting the calibration of a surface's read through the live scorer.
 
-Knows judged examples and the public `rank` call; does not know the mathematics of calibration.
+Knows judged examples and the plan of `rank`; does not know the mathematics of calibration.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from uma_engine.errors import InvalidRequest, SurfaceError
 from uma_engine.ranking.calibration import Calibration, Method, fit, save_calibration
 from uma_engine.ranking.ledger import LedgerLine
 from uma_engine.ranking.surface import Surface
+from uma_engine.tasks.decisions import unlogged
+from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.surface_rank import as_surface
 
 if TYPE_CHECKING:
-    from uma_engine.tasks.api import Engine
+    from uma_engine.tasks.base import EngineBase
 
 __all__ = ["calibrate"]
 
 
 def calibrate(
-    engine: Engine,
+    engine: EngineBase,
     surface: Surface | Mapping[str, Any] | str | Path,
     read: str,
     examples: Iterable[tuple[str, Candidate | str, bool]],
     method: Method,
     adapter: str | None,
     save_to: str | Path | None,
-) -> Calibration:
-    """See `Engine.calibrate`."""
+) -> Plan[Calibration]:
+    """See `Engine.calibrate`; for both faces. Judged examples are no decisions: they go into no log."""
     declared = as_surface(surface)
     found = [r for r in declared.reads if r.name == read]
     if not found:
@@ -52,7 +54,7 @@ def calibrate(
     base_digest, adapter_digest = engine.stack_info().base_digest, None
     for job, places in by_job.items():
         people = [_numbered(judged[place][1], place) for place in places]
-        answer = engine.rank(job, people, surface=alone, adapter=adapter)
+        answer = yield from unlogged(engine, job, people, surface=alone, adapter=adapter)
         adapter_digest = next((a["digest"] for a in answer.record["adapters"]), None)
         for place, result in zip(places, answer.all_results, strict=True):
             line = result.ledger[0]

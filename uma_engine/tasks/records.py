@@ -24,6 +24,7 @@ __all__ = [
     "FORMAT",
     "SURFACE_FORMAT",
     "check_writable",
+    "checked_record",
     "differences",
     "make_record",
     "make_surface_record",
@@ -136,8 +137,11 @@ def make_surface_record(
     return record | {"format": SURFACE_FORMAT, "adapters": [asdict(a) for a in adapters]}
 
 
-def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str]:
-    """What differs between two records of the same question, in words; empty when every bit agrees."""
+def differences(record: Mapping[str, Any], again: Mapping[str, Any], *, partial: bool = False) -> list[str]:
+    """What differs between two records of the same question, in words; empty when every bit agrees.
+
+    `partial`: of the record some candidates are left out, so what it says of all together (places, ties, warnings) is not compared.
+    """
     found = []
     for key in _DIGESTS:
         if record["stack"][key] != again["stack"][key]:
@@ -154,15 +158,21 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any]) -> list[str
         then_declared, now_declared = (r["options"]["surface_digest"] for r in (record, again))
         if then_declared != now_declared:
             found.append(f"surface_digest: `{then_declared}` then, `{now_declared}` now")
+        then_found, now_found = (r["options"].get("finders", {}) for r in (record, again))
+        for name in sorted(then_found.keys() | now_found.keys()):
+            if then_found.get(name) != now_found.get(name):
+                found.append(f"finder `{name}`: `{then_found.get(name)}` then, `{now_found.get(name)}` now")
     if len(record["results"]) != len(again["results"]):
         found.append(f"{len(record['results'])} results then, {len(again['results'])} now")
         return found
+    if partial:
+        answer = tuple(key for key in answer if key not in ("place", "tied_with"))
     for then, now in zip(record["results"], again["results"], strict=True):
         for key in answer:
             if then[key] != now[key]:
                 found.append(f"candidate `{then['id']}`: {key} `{then[key]}` then, `{now[key]}` now")
     then_warned, now_warned = _warnings(record), _warnings(again)
-    if then_warned != now_warned:
+    if then_warned != now_warned and not partial:
         found.append(f"warnings: `{then_warned}` then, `{now_warned}` now")
     return found
 
@@ -184,6 +194,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise InvalidRequest(
             f"`{path}` is not a decision record of format `{FORMAT}` or `{SURFACE_FORMAT}`", hint=_HINT
         )
+    return checked_record(record)
+
+
+def checked_record(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, which has what a replay needs. Errors: InvalidRequest naming the place"""
     _check_shape(record, _SHAPE if record["format"] == FORMAT else _SURFACE_SHAPE, "")
     return record
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uma_engine.core import FinishReason
+from uma_engine.decision_log.types import Logged
 from uma_engine.ranking.ledger import Factor, LedgerLine
 from uma_engine.ranking.redaction import Redaction
 
@@ -22,10 +23,26 @@ __all__ = [
     "RankResult",
     "Score",
     "StackInfo",
+    "Stage",
     "SurfaceAnswer",
     "SurfaceResult",
     "Usage",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one stage of a call cost; fields as in `Usage`. `seconds` by the clock, from its begin to its end."""
+
+    name: str  # e.g. "tokenize", "score"
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    flops: float = 0.0
+    attention_flops: float = 0.0
+    seconds: float = 0.0
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +51,10 @@ class Usage:
 
     `prompt_tokens` is what one prompt a candidate would have held in all; of these `computed_tokens` went through the
     model and `reused_tokens` did not: shared within the call, or taken from the prefix cache (`cached_tokens`).
-    `flops` are those of the linear layers. Times are in seconds; `inference_time` runs from submission to the last score.
+    `flops` are those of the base's linear layers, `attention_flops` those of attention's two products; adapters, norms and label
+    heads are not counted. Times are in seconds; `inference_time` runs from submission to the last score. `core_seconds` is
+    processor time of the engine's threads, `gpu_seconds` time for which a step had the device (by the host's clock): a step that
+    several calls share is charged to them by their tokens. `stages` splits all of it; every counter is the sum over the stages.
     """
 
     prompt_tokens: int
@@ -44,6 +64,10 @@ class Usage:
     flops: float
     tokenization_time: float
     inference_time: float
+    attention_flops: float = 0.0
+    core_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    stages: tuple[Stage, ...] = ()
 
     @property
     def reused_tokens(self) -> int:
@@ -107,10 +131,11 @@ class RankAnswer:
     stack: StackInfo
     warnings: tuple[str, ...]
     record: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    logged: Logged | None = None  # where the record went, with the engine's option `decision_log`
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the decision record."""
-        return {
+        return ({} if self.logged is None else {"logged": asdict(self.logged)}) | {
             "results": [asdict(r) for r in self.results],
             "all_results": [
                 {"index": r.index, "id": r.id, "score": r.score, "truncated_tokens": r.truncated_tokens}

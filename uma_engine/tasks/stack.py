@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
     from uma_engine.models.weights import Placement
     from uma_engine.runner import DeviceRunner, ModelRunner
+    from uma_engine.scheduler import Scheduler
 
 __all__ = ["Stack"]
 
@@ -37,7 +38,7 @@ class Stack:
         from uma_engine.catalog import open_model, resolve
         from uma_engine.catalog.cache import cache_dir, file_digest
         from uma_engine.catalog.chat_template import ChatTemplate
-        from uma_engine.engine import EngineLoop
+        from uma_engine.engine import EngineLoop, StepMeter
         from uma_engine.kv_cache import BlockPool
         from uma_engine.models import PackedCache, load_model
         from uma_engine.scheduler import Scheduler
@@ -90,11 +91,13 @@ class Stack:
             num_blocks = self._make_device_runner()
         self.block_pool = BlockPool(num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.block_pool, max_model_len=self.max_model_len)
+        self.meter = StepMeter(self.model_config, on_device=config.device != "cpu")
         self.loop = EngineLoop(
             self.scheduler,
             self.runner,
             max_waiting=config.max_waiting,
             on_thread_start=lambda: dispatch.set_num_threads(threads),
+            meter=self.meter,
         )
 
     def _cpu_runner(self, num_blocks: int) -> ModelRunner:
@@ -162,6 +165,17 @@ class Stack:
                 hint="the text holds an added token that this checkpoint has no weights for",
             )
         return ids
+
+    def forget_cached(self) -> int:
+        """Empty the prefix cache and overwrite what free blocks hold; how many held something. Requests in flight go on."""
+        wiped: list[int] = []
+
+        def drop(scheduler: Scheduler) -> None:
+            wiped.extend(scheduler.block_pool.drop_cached())
+            self.runner.wipe(wiped)
+
+        self.loop.call(drop)
+        return len(wiped)
 
     def close(self) -> None:
         """Stop the loop, then let go of weights and KV cache: the memory is free although the engine object lives on."""

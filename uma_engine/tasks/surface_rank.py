@@ -9,7 +9,6 @@ tree of its own.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -21,13 +20,15 @@ from uma_engine.errors import InvalidRequest, SurfaceError
 from uma_engine.ranking.calibration import FILE_NAME, Calibration, probability, read_calibrations
 from uma_engine.ranking.factors import as_number
 from uma_engine.ranking.ledger import LedgerLine, aggregate
+from uma_engine.ranking.presidio import finder
 from uma_engine.ranking.redaction import Redaction, redact
 from uma_engine.ranking.surface import Read, Surface
 from uma_engine.ranking.ties import arrange, lot
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.calls import Call, ScoreSink, end_futures
 from uma_engine.tasks.records import make_surface_record
-from uma_engine.tasks.results import AdapterUse, RankAnswer, SurfaceAnswer, SurfaceResult, Usage
+from uma_engine.tasks.results import AdapterUse, RankAnswer, SurfaceAnswer, SurfaceResult
+from uma_engine.tasks.usage import Clock, usage_of
 
 if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
@@ -101,7 +102,7 @@ def surface_call(
     max_tokens_per_candidate: int | None,
     expires: float | None,
     tenant: str,
-    began: float,
+    began: Clock,
 ) -> Call[RankAnswer]:
     """The call; arguments as `Engine.rank` has them, checked by its caller. `adapter` reads where a read names none."""
     stack = engine._stack
@@ -122,7 +123,7 @@ def surface_call(
     encoded = [stack.check_tokens(ids) for ids in tokenizer.encode_batch([text for text, _ in seen])]
     truncated = [max(0, len(ids) - limit) for ids in encoded] if limit is not None else [0 for _ in people]
     encoded = [ids[:limit] for ids in encoded]
-    tokenization_time = time.perf_counter() - began
+    tokenized = began.stage("tokenize")
 
     try:
         for group in groups:
@@ -167,7 +168,7 @@ def surface_call(
         if top_n is not None and top_n < len(places) and places[top_n - 1].group == places[top_n].group:
             left = sum(p.group == places[top_n].group for p in places[top_n:])
             said.append(f"`top_n` {top_n} cuts a tie: {left} more are as good as the last one shown")
-        usage = _usage(engine, groups, tokenization_time, call.started)
+        usage = usage_of(call.requests, tokenized, call.started, engine.flops_per_token)
         info = engine.stack_info()
         record = make_surface_record(
             query=query,
@@ -180,6 +181,7 @@ def surface_call(
                 "instruction": instruction,
                 "max_tokens_per_candidate": max_tokens_per_candidate,
                 "engine": {"max_model_len": engine.max_model_len, "precision": engine.config.precision},
+                **({"finders": {name: finder(name)[1] for name in surface.redact_with}} if surface.redact_with else {}),
             },
             results=everyone,
             stack=info,
@@ -244,7 +246,7 @@ def redacted(surface: Surface, person: Candidate) -> tuple[str, tuple[Redaction,
     if not surface.redact:
         return text, ()
     names = [str(person.facts[key]) for key in surface.name_fields if person.facts.get(key)]
-    return redact(text, surface.redact, names)
+    return redact(text, surface.redact, names, [finder(name)[0] for name in surface.redact_with])
 
 
 def _calibrated(engine: EngineBase, surface: Surface, groups: Sequence[_Group]) -> Surface:
@@ -333,19 +335,3 @@ def _ledger(
         for r, v, c, p, x in zip(surface.reads, reads, contributions[len(lines) :], raw_reads, logits, strict=True)
     ]
     return score, tuple(lines)
-
-
-def _usage(engine: EngineBase, groups: Sequence[_Group], tokenization_time: float, started: float) -> Usage:
-    requests = [g.request for g in groups if g.request is not None]
-    if not requests:
-        return Usage(0, 0, 0, 0, 0.0, tokenization_time, 0.0)
-    computed = sum(r.num_computed_tokens for r in requests)
-    return Usage(
-        prompt_tokens=sum(s.path_offset + len(s) for r in requests for s in r.segments if s.scored),
-        computed_tokens=computed,
-        cached_tokens=sum(r.num_cached_tokens for r in requests),
-        output_tokens=0,
-        flops=computed * engine.flops_per_token,
-        tokenization_time=tokenization_time,
-        inference_time=time.perf_counter() - started,
-    )

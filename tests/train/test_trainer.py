@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -233,6 +234,68 @@ def test_what_is_served_is_what_was_trained(base, recipe_file, tmp_path):
         assert found.margins != pytest.approx(plain.margins, abs=1e-2)
 
 
+def test_checkpointed_gradients_are_the_same_bits(recipe_file, tmp_path, monkeypatch):
+    from transformers import modeling_utils
+
+    plain = train(Recipe.load(recipe_file), tmp_path / "plain")
+    used = []
+    checkpoint = modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: used.append(1) or checkpoint(*a, **k))
+    checkpointed = train(replace(Recipe.load(recipe_file), gradient_checkpointing=True), tmp_path / "checkpointed")
+    assert used
+    assert checkpointed.digest == plain.digest
+
+
+def test_half_precision_learns_and_margins_stay_fp32(recipe_file, tmp_path):
+    """A margin is a small difference of large logits: rounded to 16 bits it would be worth little."""
+    recipe = replace(Recipe.load(recipe_file), precision="bfloat16")
+    train(recipe, tmp_path / "out")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+
+
+def test_label_logits_are_fp32_under_autocast(base):
+    from transformers import AutoModelForCausalLM
+
+    from uma_engine.catalog import open_model
+    from uma_engine.train.base_model import transformers_model
+    from uma_engine.train.tree_forward import ATTENTION, JobTree, label_logits, register_attention
+
+    register_attention()
+    model = transformers_model(open_model(base), AutoModelForCausalLM, attention=ATTENTION)
+    tree = JobTree([7, 1, 30], [[9, 2, 6], [4], [8, 8], [5, 3]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = label_logits(model, tree, [5, 9, 11, 13])
+    assert logits.dtype == torch.float32
+    assert (logits.bfloat16().float() != logits).any()
+
+
+def test_a_kill_at_the_very_end_leaves_a_whole_adapter(recipe_file, tmp_path):
+    """As if killed when all was written and the checkpoint was about to go: the same command ends well again."""
+    from uma_engine.train import trainer
+
+    kept = []
+    remove = trainer.shutil.rmtree
+    trainer.shutil.rmtree = lambda path, **more: (
+        remove(path, **more) if not str(path).endswith(".done") else kept.append(path)
+    )
+    try:
+        made = train(Recipe.load(recipe_file), tmp_path / "out")
+    finally:
+        trainer.shutil.rmtree = remove
+    assert kept
+    with pytest.raises(InvalidRequest, match="holds an adapter already"):
+        train(Recipe.load(recipe_file), tmp_path / "out")
+    with Engine(Recipe.load(recipe_file).base) as engine:
+        engine.load_adapter("whole", made.directory)
+
+
+def test_a_place_that_cannot_be_written_is_named(recipe_file, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="cannot be made"):
+        train(Recipe.load(recipe_file), tmp_path / "file")
+
+
 def test_another_recipe_is_not_mixed_into_a_run(recipe_file, tmp_path):
     recipe = Recipe.load(recipe_file)
     train(recipe, tmp_path / "out")
@@ -275,6 +338,7 @@ def one_job(job: str, *candidates: tuple[str, object]) -> str:
         (one_job("b", ("x", True), ("y", 0)), "must be an integer"),
         (one_job("b", ("x", 0), ("x", 0)), "of their own"),
         (one_job(" ", ("x", 0), ("y", 0)), "something in them"),
+        (one_job("b", ("x", 0), ("y", 0))[:-1] + ', "missed": [99]}', "of one missed is `99`"),
     ],
 )  # fmt: skip
 def test_bad_data_says_where(tmp_path, line, message):

@@ -38,7 +38,8 @@ def rank_groups(
     candidates: int | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[RankedGroup]:
-    """Rank each job's candidates (the first `candidates`) with the recipe's probe. The ideal order is over all of the group."""
+    """Rank each job's candidates (the first `candidates`) with the recipe's probe. The ideal order
+    is over all who fit, also those the first stage missed."""
     ranked = []
     surface = _surface(recipe)
     for number, group in enumerate(groups, 1):
@@ -55,7 +56,7 @@ def rank_groups(
         scores = tuple(r.score for r in answer.all_results)
         margins = tuple(r.logits[0] - r.logits[1] for r in answer.all_results)
         order = ranked_grades(margins, [c.grade for c in judged])
-        ranked.append(RankedGroup(group.id, ndcg(order, [c.grade for c in group.candidates]), scores, margins))
+        ranked.append(RankedGroup(group.id, ndcg(order, group.ideal), scores, margins))
         done(number)
     return ranked
 

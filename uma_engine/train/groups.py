@@ -1,7 +1,8 @@
 """Judged jobs: a job post, candidates, and how well each fits, one job a line of JSON.
 
-    {"id": "15-1252.00/tasks", "job": "...", "candidates": [{"id": "2512.4", "text": "...", "grade": 3}, ...]}
+    {"id": "15-1252.00/tasks", "job": "...", "candidates": [{"id": "2512.4", "text": "...", "grade": 3}, ...], "missed": [2, 1]}
 
+`missed`, which may be left out: grades of those who fit and are no candidates here, since a first stage did not find them.
 Knows the file's form and what an epoch draws from a job; does not know tokens.
 """
 
@@ -38,6 +39,12 @@ class Group:
     id: str
     job: str
     candidates: tuple[Judged, ...]
+    missed: tuple[int, ...] = ()
+
+    @property
+    def ideal(self) -> list[int]:
+        """All grades there are: what a perfect order would be made of."""
+        return [*(c.grade for c in self.candidates), *self.missed]
 
     def draw(self, count: int, seed: int) -> tuple[Judged, ...]:
         """At most `count` candidates: graded ones first, at most half of them, then others; in a random order. A function of `seed`."""
@@ -77,7 +84,7 @@ def _group(line: str, where: str) -> Group:
     try:
         data: Any = json.loads(line)
         candidates = tuple(Judged(c["id"], c["text"], c["grade"]) for c in data["candidates"])
-        group = Group(data["id"], data["job"], candidates)
+        group = Group(data["id"], data["job"], candidates, tuple(data.get("missed", ())))
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(
             f"{where}: {type(error).__name__}: {error}",
@@ -87,11 +94,10 @@ def _group(line: str, where: str) -> Group:
     texts = [group.id, group.job, *(t for c in candidates for t in (c.id, c.text))]
     if not all(isinstance(t, str) and t.strip() for t in texts):
         raise InvalidRequest(f"{where}: ids and texts must be strings with something in them", param="data")
-    for c in candidates:
-        if isinstance(c.grade, bool) or not isinstance(c.grade, int) or not 0 <= c.grade <= MAX_GRADE:
+    for of, grade in [*((f"`{c.id}`", c.grade) for c in candidates), *(("one missed", g) for g in group.missed)]:
+        if isinstance(grade, bool) or not isinstance(grade, int) or not 0 <= grade <= MAX_GRADE:
             raise InvalidRequest(
-                f"{where}: the grade of `{c.id}` is `{c.grade}` but must be an integer from 0 to {MAX_GRADE}",
-                param="data",
+                f"{where}: the grade of {of} is `{grade}` but must be an integer from 0 to {MAX_GRADE}", param="data"
             )
     if len({c.id for c in candidates}) != len(candidates) or len(candidates) < 2:
         raise InvalidRequest(f"{where}: a job needs at least two candidates with ids of their own", param="data")
@@ -99,22 +105,29 @@ def _group(line: str, where: str) -> Group:
 
 
 def write_groups(path: str | Path, groups: Iterable[Group]) -> int:
-    """Write a file that `read_groups` reads, whole or not at all; how many jobs."""
+    """Write a file that `read_groups` reads, whole or not at all; how many jobs. Errors: InvalidRequest"""
     target = Path(path)
     partial = target.with_name(f".{target.name}.part")
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
-        for line in _lines(groups):
-            file.write(line)
-            count += 1
-    partial.replace(target)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for line in _lines(groups):
+                file.write(line)
+                count += 1
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InvalidRequest(f"`{path}` cannot be written: {error.strerror}", param="out") from None
     return count
 
 
 def _lines(groups: Iterable[Group]) -> Iterator[str]:
     for g in groups:
         candidates = [{"id": c.id, "text": c.text, "grade": c.grade} for c in g.candidates]
-        yield json.dumps({"id": g.id, "job": g.job, "candidates": candidates}, ensure_ascii=False) + "\n"
+        data: dict[str, Any] = {"id": g.id, "job": g.job, "candidates": candidates}
+        if g.missed:
+            data["missed"] = list(g.missed)
+        yield json.dumps(data, ensure_ascii=False) + "\n"
 
 
 def file_digest(path: str | Path) -> str:

@@ -14,7 +14,6 @@ Knows the files of the data sets; does not know training. Sources and licences g
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import random
 from collections import defaultdict
@@ -22,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uma_engine.errors import InvalidRequest, MissingPackage
+from uma_engine.errors import InvalidRequest, InvariantViolation, MissingPackage
+from uma_engine.train.artifact import write_json
 from uma_engine.train.groups import Group, Judged, file_digest, write_groups
 
 __all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "split_of"]
@@ -32,6 +32,7 @@ DEV_MAJORS = frozenset({"21", "33", "41", "47"})
 TEST_MAJORS = frozenset({"15", "29", "35", "49"})
 POOL = 100
 NEGATIVES = 40  # of a training job
+FirstStage = Callable[[Sequence[str], Mapping[str, str], Callable[[str], None]], Sequence[Sequence[str]]]
 TASKS = 6  # statements of a post made of tasks
 POSTS = 2  # made of tasks, of each training occupation
 RRF = 60
@@ -48,8 +49,19 @@ def split_of(soc_code: str) -> str:
     return "dev" if major in DEV_MAJORS else "test" if major in TEST_MAJORS else "train"
 
 
-def build(source: Path, out: Path, *, seed: int = 0, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Write train.jsonl, dev.jsonl, test.jsonl and card.json to `out`; the card. A function of the files and `seed`."""
+def build(
+    source: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+    first_stage: FirstStage | None = None,
+) -> dict[str, Any]:
+    """Write train.jsonl, dev.jsonl, test.jsonl and card.json to `out`; the card. A function of the files and `seed`.
+
+    `first_stage`: for each text the corpus' ids, best first; None: BM25 and MiniLM, fused.
+    Errors:  InvalidRequest for files that cannot be read or written; InvariantViolation, and nothing written, if a split leaks
+    """
     home, onet = source / "esco-onet-crosswalk", source / "onet-29.2"
     corpus = {d["_id"]: f"{d['title']}. {d['text']}" for d in _lines(home / "corpus.jsonl")}
     queries = {q["_id"]: q for q in _lines(home / "queries.jsonl")}
@@ -58,34 +70,36 @@ def build(source: Path, out: Path, *, seed: int = 0, say: Callable[[str], None] 
     held_out = {doc for soc, judged in grades.items() if split_of(soc) != "train" for doc in judged}
     jobs = list(_jobs(queries, statements, seed))
     say(f"{len(jobs)} jobs over {len(corpus)} occupations; ranking them by BM25 and MiniLM")
-    order = _first_stage([text for _, _, text in jobs], corpus, say)
+    order = (first_stage or _fused)([text for _, _, text in jobs], corpus, say)
     made: dict[str, list[Group]] = {"train": [], "dev": [], "test": []}
     for (soc, form, text), ranked in zip(jobs, order, strict=True):
         split, judged = split_of(soc), grades.get(soc, {})
         if split == "train":
-            pool = [doc for doc in ranked if doc not in held_out or doc in judged]
             good = [doc for doc in judged if doc in corpus and doc not in held_out]
-            bad = [doc for doc in pool if doc not in judged][:NEGATIVES]
             if not good:
                 continue
+            chosen = good + [doc for doc in ranked if doc not in judged and doc not in held_out][:NEGATIVES]
+            missed: list[int] = []
         else:
-            good, bad = [], list(ranked[:POOL])
-        candidates = tuple(Judged(doc, corpus[doc], judged.get(doc, 0)) for doc in good + bad)
-        made[split].append(Group(f"{soc}/{form}", text, candidates))
-    out.mkdir(parents=True, exist_ok=True)
+            chosen = list(ranked[:POOL])
+            missed = [grade for doc, grade in judged.items() if doc not in chosen]
+        candidates = tuple(Judged(doc, corpus[doc], judged.get(doc, 0)) for doc in chosen)
+        made[split].append(Group(f"{soc}/{form}", text, candidates, tuple(missed)))
+    _refuse_leaks(made, held_out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(f"`{out}` cannot be made: {error.strerror}", param="out") from None
     for split, groups in made.items():
         write_groups(out / f"{split}.jsonl", groups)
-    _refuse_leaks(made, held_out)
     card = {
         "sources": list(SOURCES),
         "seed": seed,
         "majors": {"dev": sorted(DEV_MAJORS), "test": sorted(TEST_MAJORS)},
         "jobs": {split: len(groups) for split, groups in made.items()},
         "digests": {split: file_digest(out / f"{split}.jsonl") for split in made},
-        # All grades of the dev and test jobs, also of what the first stage missed: the ideal order needs them.
-        "judged": {soc: judged for soc, judged in sorted(grades.items()) if split_of(soc) != "train"},
     }
-    (out / "card.json").write_text(json.dumps(card, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(out / "card.json", card)
     return card
 
 
@@ -104,7 +118,7 @@ def _jobs(
                 yield soc, f"post{number}", " ".join(chosen)
 
 
-def _first_stage(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None]) -> list[list[str]]:
+def _fused(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None]) -> list[list[str]]:
     """For each text the corpus' ids, best first: reciprocal-rank fusion of BM25 and MiniLM, the best 2 * POOL of each."""
     try:
         import bm25s
@@ -137,14 +151,15 @@ def _first_stage(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[
 
 
 def _refuse_leaks(made: Mapping[str, Sequence[Group]], held_out: set[str]) -> None:
-    """InvalidRequest if an occupation or a text of dev or test is in the training data."""
+    """InvariantViolation if an occupation or a job's text of dev or test, or an answer to it, is in the training data."""
     occupations = {split: {g.id.partition("/")[0] for g in groups} for split, groups in made.items()}
-    texts = {split: {hashlib.sha256(g.job.encode()).digest() for g in groups} for split, groups in made.items()}
     for split in ("dev", "test"):
-        if occupations["train"] & occupations[split] or texts["train"] & texts[split]:
-            raise InvalidRequest(f"an occupation of `{split}` is in the training data")
-    if any(c.id in held_out for g in made["train"] for c in g.candidates):
-        raise InvalidRequest("a candidate that is relevant to a dev or test job is in the training data")
+        if both := occupations["train"] & occupations[split]:
+            raise InvariantViolation(f"occupation `{min(both)}` of `{split}` is in the training data")
+        if {g.job for g in made["train"]} & {g.job for g in made[split]}:
+            raise InvariantViolation(f"the text of a job of `{split}` is in the training data")
+    if both := held_out & {c.id for g in made["train"] for c in g.candidates}:
+        raise InvariantViolation(f"`{min(both)}` is relevant to a dev or test job and in the training data")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

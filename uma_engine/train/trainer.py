@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Trained", "train"]
 
 CHECKPOINT = ".checkpoint"
-KEEP_STEPS = 50  # steps between checkpoints
+KEEP_SECONDS = 60.0  # between checkpoints: what a kill can cost
 Say = Callable[[str], None]
 
 
@@ -101,11 +101,13 @@ class _Run:
 
         recipe = self.recipe
         before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
         torch.set_num_threads(self.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             self._prepare()
-            began, first = time.perf_counter(), self.step
+            kept = began = time.perf_counter()
+            first = self.step
             while self.step < self.total and self.best["since"] <= recipe.evaluation.patience:
                 losses = self._one_step()
                 self.step += 1
@@ -113,8 +115,9 @@ class _Run:
                 due = self.step % recipe.evaluation.every == 0 or self.step == self.total
                 if due:
                     self._evaluate()
-                if due or self.step % KEEP_STEPS == 0:
+                if due or time.perf_counter() - kept > KEEP_SECONDS:
                     self._save_checkpoint()
+                    kept = time.perf_counter()
                 if due or self.step % 10 == 0:
                     pace = (time.perf_counter() - began) / (self.step - first)
                     left = pace * (self.total - self.step)
@@ -125,7 +128,7 @@ class _Run:
             return self._finish()
         finally:
             torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(before[1])
+            torch.use_deterministic_algorithms(before[1], warn_only=warned_only)
             if hasattr(self, "engine"):
                 self.engine.close()
 
@@ -140,6 +143,10 @@ class _Run:
         from uma_engine.train.tree_forward import ATTENTION, register_attention
 
         recipe = self.recipe
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"`{self.out}` cannot be made: {error.strerror}", param="out") from None
         register_attention()
         base = transformers_model(self.files, AutoModelForCausalLM, attention=ATTENTION).to(recipe.device)
         if recipe.precision == "bfloat16":  # the frozen matrices alone: what flows between layers stays fp32
@@ -162,7 +169,6 @@ class _Run:
             max_loras=2,
             device=recipe.device,
         )
-        self.out.mkdir(parents=True, exist_ok=True)
         self._load_checkpoint()
 
     def _rate(self, step: int) -> float:
@@ -280,7 +286,12 @@ class _Run:
             curves_svg(recipe.name, {"loss": losses, "dev nDCG@10": dev}), encoding="utf-8"
         )
         stopped = self.step < self.total
-        shutil.rmtree(self.out / CHECKPOINT)
+        done = (
+            self.out / f"{CHECKPOINT}.done"
+        )  # a kill while files are deleted must not leave half a checkpoint to go on from
+        shutil.rmtree(done, ignore_errors=True)
+        (self.out / CHECKPOINT).replace(done)
+        shutil.rmtree(done, ignore_errors=True)
         return Trained(self.out, digest, self.best["ndcg"], int(self.best["step"]), self.step, stopped)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

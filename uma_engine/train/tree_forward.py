@@ -101,12 +101,15 @@ def _tree_attention(
 
 
 def label_logits(model: Any, tree: JobTree, label_ids: Sequence[int]) -> Tensor:
-    """[candidates, labels] in fp32: logits after each candidate's last token. `model`: a causal decoder made with
-    `attn_implementation="uma_tree"`, wrapped by peft or not.
+    """[candidates, labels] in fp32, also under autocast: logits after each candidate's last token. `model`: a causal decoder
+    made with `attn_implementation="uma_tree"`, wrapped by peft or not.
     """
+    import torch
+
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = causal.lm_head.weight.device
     batch = tree.batch(device)
     ends = batch.pop("ends")
     hidden = causal.model(**batch, use_cache=False).last_hidden_state[0, ends]
-    return hidden.float() @ causal.lm_head.weight[list(label_ids)].float().T
+    with torch.autocast(device.type, enabled=False):  # margins are small differences of large logits
+        return hidden.float() @ causal.lm_head.weight[list(label_ids)].float().T

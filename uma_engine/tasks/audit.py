@@ -19,7 +19,6 @@ from uma_engine.ranking.identities import AXES, Identity, draw, dress
 from uma_engine.ranking.rewrites import rewrites
 from uma_engine.ranking.surface import Surface
 from uma_engine.ranking.ties import arrange, lot
-from uma_engine.tasks.decisions import unlogged
 from uma_engine.tasks.plan import Plan, run, run_async
 from uma_engine.tasks.rank import as_candidates
 from uma_engine.tasks.surface_rank import as_surface, redacted
@@ -224,7 +223,7 @@ def _counterfactual(
         _check("pairs", pairs, 10**6)
     twins, skipped = _make_twins(pool, axes, pairs or len(pool), declared, random.Random(seed))
     everyone = [*pool, *(person for t in twins for person in t.people)]
-    answer = yield from unlogged(engine, job, everyone, surface=declared, **options)
+    answer = yield from engine._rank_plan(job, everyone, surface=declared, **options)
     scores = [r.score for r in answer.all_results]
     placer = _Placer(job.strip(), pool, scores[: len(pool)], declared)
     flips: list[Flip] = []
@@ -321,7 +320,7 @@ def _ranked(
     options: Mapping[str, Any],
 ) -> Plan[tuple[list[float], list[int]]]:
     """Scores and the top k. Lots are drawn for the original job: a rewrite is the same question."""
-    answer = yield from unlogged(engine, job, pool, surface=surface, **options)
+    answer = yield from engine._rank_plan(job, pool, surface=surface, **options)
     scores = [r.score for r in answer.all_results]
     return scores, _Placer(original.strip(), pool, scores, surface).top(top_k)
 

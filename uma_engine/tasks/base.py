@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import time
 import weakref
@@ -30,9 +29,10 @@ from uma_engine.core import (
 from uma_engine.errors import EngineUnavailable, InvalidRequest, TooLarge, UmaError
 from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
+from uma_engine.tasks.arguments import check_count, check_list, check_text
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
 from uma_engine.tasks.decisions import close_log, open_log
-from uma_engine.tasks.generate import TextSink
+from uma_engine.tasks.generate import TextSink, with_seed
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo
@@ -84,7 +84,7 @@ class EngineBase:
         if not isinstance(path, str | Path):
             raise InvalidRequest(f"`path` is a `{type(path).__name__}` but must be a string or a Path", param="path")
         self._check_open()
-        return self._stack.adapters.load(_text("name", name), Path(path).expanduser().absolute())
+        return self._stack.adapters.load(check_text("name", name), Path(path).expanduser().absolute())
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter. Requests that use it finish; its memory is freed with the last of them."""
@@ -96,7 +96,7 @@ class EngineBase:
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text: no special tokens are added, and none can come out of the text itself."""
-        return self._stack.tokenizer.encode(_text("text", text, blank=True))
+        return self._stack.tokenizer.encode(check_text("text", text, blank=True))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -149,7 +149,7 @@ class EngineBase:
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def _lease(self, adapter: str | None) -> AdapterRef | None:
-        return None if adapter is None else self._stack.adapters.lease(_text("adapter", adapter))
+        return None if adapter is None else self._stack.adapters.lease(check_text("adapter", adapter))
 
     @contextlib.contextmanager
     def _leased(self, adapter: str | None, sink: ScoreSink) -> Iterator[AdapterRef | None]:
@@ -219,7 +219,8 @@ class EngineBase:
         candidates: Iterable[Candidate | str],
         **options: Any,
     ) -> Plan[RankAnswer]:
-        """The calls of a ranking, one after the other; see `Engine.rank`."""
+        """The calls of a ranking, one after the other; see `Engine.rank`. Its record goes into no log: `rank` adds that, and an
+        audit, which decides about nobody, does not."""
         return (yield self._rank_call(query, candidates, **options))
 
     def _rank_call(
@@ -227,30 +228,30 @@ class EngineBase:
         query: str,
         candidates: Iterable[Candidate | str],
         *,
-        adapter: str | None,
-        top_n: int | None,
-        instruction: str | None,
-        labels: Sequence[str],
-        max_tokens_per_candidate: int | None,
-        deadline: float | None,
-        tenant: str,
-        surface: Surface | Mapping[str, Any] | str | Path | None,
-        job_facts: Mapping[str, Any] | None,
+        adapter: str | None = None,
+        top_n: int | None = None,
+        instruction: str | None = None,
+        labels: Sequence[str] = DEFAULT_LABELS,
+        max_tokens_per_candidate: int | None = None,
+        deadline: float | None = None,
+        tenant: str = "",
+        surface: Surface | Mapping[str, Any] | str | Path | None = None,
+        job_facts: Mapping[str, Any] | None = None,
     ) -> Call[RankAnswer]:
         self._check_open()
         began = Clock()
         expires = self._deadline(deadline)
         # White space at a text's ends would change how the template around it is tokenised.
-        query = _text("query", query).strip()
+        query = check_text("query", query).strip()
         declared = None if surface is None else as_surface(surface)
         if instruction is None and declared is not None:
             instruction = declared.instruction
         instruction = (
-            ranking.DEFAULT_INSTRUCTION if instruction is None else _text("instruction", instruction)
+            ranking.DEFAULT_INSTRUCTION if instruction is None else check_text("instruction", instruction)
         ).strip()
-        _text("tenant", tenant, blank=True)
-        _count("top_n", top_n)
-        _count("max_tokens_per_candidate", max_tokens_per_candidate)
+        check_text("tenant", tenant, blank=True)
+        check_count("top_n", top_n)
+        check_count("max_tokens_per_candidate", max_tokens_per_candidate)
         people = ranking.as_candidates(candidates)
         if declared is not None:
             if not isinstance(labels, list | tuple) or tuple(labels) != DEFAULT_LABELS:
@@ -340,8 +341,8 @@ class EngineBase:
     ) -> Call[list[Score]]:
         self._check_open()
         expires = self._deadline(deadline)
-        items = _list("items", items)
-        _text("tenant", tenant, blank=True)
+        items = check_list("items", items)
+        check_text("tenant", tenant, blank=True)
         tokenizer = self._stack.tokenizer
         labels = tuple(labels)
         label_token_ids = ranking.label_ids(tokenizer, labels)
@@ -380,12 +381,12 @@ class EngineBase:
         """`emit` is called on the loop's thread; see `TextSink`."""
         self._check_open()
         expires = self._deadline(deadline)
-        prompts = [prompts] if isinstance(prompts, str) else _list("prompts", prompts)
-        _text("tenant", tenant, blank=True)
+        prompts = [prompts] if isinstance(prompts, str) else check_list("prompts", prompts)
+        check_text("tenant", tenant, blank=True)
         tokenizer, n = self._stack.tokenizer, len(prompts)
         params = SamplingParams() if params is None else params
-        all_params = [params] * n if isinstance(params, SamplingParams) else _list("params", params)
-        all_adapters = [adapter] * n if adapter is None or isinstance(adapter, str) else _list("adapter", adapter)
+        all_params = [params] * n if isinstance(params, SamplingParams) else check_list("params", params)
+        all_adapters = [adapter] * n if adapter is None or isinstance(adapter, str) else check_list("adapter", adapter)
         for name, given in (("params", all_params), ("adapter", all_adapters)):
             if len(given) != n:
                 raise InvalidRequest(f"`{name}` has {len(given)} entries for {n} prompts", param=name)
@@ -395,7 +396,7 @@ class EngineBase:
             if not isinstance(p, SamplingParams):
                 raise InvalidRequest(f"`params[{index}]` is a `{type(p).__name__}`, not SamplingParams", param="params")
             if isinstance(prompt, str):
-                prompt = _text(f"prompts[{index}]", prompt)
+                prompt = check_text(f"prompts[{index}]", prompt)
                 ids = self._stack.check_tokens(self._chat_ids(prompt) if chat else tokenizer.encode(prompt))
                 if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
                     ids = [tokenizer.bos_id, *ids]
@@ -414,7 +415,7 @@ class EngineBase:
                     param="prompts",
                 )
             if p.seed is None:
-                p = _with_seed(p, self.config.seed, ids, index)
+                p = with_seed(p, self.config.seed, ids, index)
             prepared.append((Segment(ids), p))
         tokenized = began.stage("tokenize")
         requests: list[Request] = []
@@ -470,34 +471,3 @@ class EngineBase:
         ):
             ids += tokenizer.encode(prompt) if isinstance(piece, FieldPiece) else piece.token_ids
         return ids
-
-
-def _text(name: str, value: object, *, blank: bool = False) -> str:
-    if not isinstance(value, str):
-        raise InvalidRequest(f"`{name}` is a `{type(value).__name__}` but must be a string", param=name)
-    if not blank and not value.strip():
-        raise InvalidRequest(f"`{name}` is empty", hint="pass the text itself", param=name)
-    return value
-
-
-def _list(name: str, value: Any) -> list[Any]:
-    """The items of a list, tuple or other iterable; a single string is refused, for it would fall into its characters."""
-    if isinstance(value, str | bytes):
-        raise InvalidRequest(f"`{name}` is a single `{type(value).__name__}`", hint="pass a list", param=name)
-    try:
-        return list(value)
-    except TypeError:
-        raise InvalidRequest(f"`{name}` is a `{type(value).__name__}` but must be a list", param=name) from None
-
-
-def _count(name: str, value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise InvalidRequest(f"`{name}` is `{value!r}` but must be a positive integer or None", param=name)
-
-
-def _with_seed(params: SamplingParams, base: int, ids: list[int], index: int) -> SamplingParams:
-    """A request without a seed gets one from the engine's seed, its prompt and its place: the same call, the same text."""
-    from dataclasses import replace
-
-    data = f"{base}:{index}:{ids}".encode()
-    return replace(params, seed=int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)

@@ -15,7 +15,6 @@ from uma_engine.errors import InvalidRequest, SurfaceError
 from uma_engine.ranking.calibration import Calibration, Method, fit, save_calibration
 from uma_engine.ranking.ledger import LedgerLine
 from uma_engine.ranking.surface import Surface
-from uma_engine.tasks.decisions import unlogged
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.surface_rank import as_surface
 
@@ -54,7 +53,7 @@ def calibrate(
     base_digest, adapter_digest = engine.stack_info().base_digest, None
     for job, places in by_job.items():
         people = [_numbered(judged[place][1], place) for place in places]
-        answer = yield from unlogged(engine, job, people, surface=alone, adapter=adapter)
+        answer = yield from engine._rank_plan(job, people, surface=alone, adapter=adapter)
         adapter_digest = next((a["digest"] for a in answer.record["adapters"]), None)
         for place, result in zip(places, answer.all_results, strict=True):
             line = result.ledger[0]

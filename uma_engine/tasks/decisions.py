@@ -5,13 +5,11 @@ Knows answers, the log, and stores that can delete; does not know how any of the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from uma_engine.config import EngineConfig
-from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.results import RankAnswer
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
     from uma_engine.decision_log import DecisionLog, Forgotten
     from uma_engine.tasks.base import EngineBase
 
-__all__ = ["ForgetsPeople", "ForgetsTexts", "close_log", "forget", "logged", "open_log", "unlogged"]
+__all__ = ["ForgetsPeople", "ForgetsTexts", "close_log", "forget", "logged", "open_log"]
 
 
 @runtime_checkable
@@ -61,19 +59,6 @@ def logged(plan: Plan[RankAnswer], log: DecisionLog | None, tenant: str) -> Plan
     if log is None:
         return answer
     return replace(answer, logged=log.append(answer.record, tenant=tenant))
-
-
-def unlogged(engine: EngineBase, query: str, candidates: Iterable[Candidate | str], **options: Any) -> Plan[RankAnswer]:
-    """A ranking that decides about nobody, such as an audit's: as `rank` with these options, and in no log."""
-    known = {
-        name: option.default
-        for name, option in inspect.signature(type(engine).rank).parameters.items()  # type: ignore[attr-defined]
-        if option.kind is option.KEYWORD_ONLY
-    }
-    for name in options:
-        if name not in known:
-            raise TypeError(f"rank() got an unexpected keyword argument '{name}'")
-    return engine._rank_plan(query, candidates, **(known | options))
 
 
 def forget(

@@ -1,22 +1,24 @@
 """Generation: tokens to text as they come, stop strings, and what of the text may already be shown.
 
-Knows incremental decoding, stop strings and a prompt's listener; does not know scheduling or sampling.
+Knows incremental decoding, stop strings, a prompt's listener and its seed; does not know scheduling or how a token is chosen.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from uma_engine.catalog.tokenizer import IncrementalDecoder
-from uma_engine.core import FinishReason
+from uma_engine.core import FinishReason, SamplingParams
 from uma_engine.errors import UmaError
 from uma_engine.tasks.calls import started_future
 from uma_engine.tasks.results import CompletionChunk
 
-__all__ = ["TextAssembler", "TextSink"]
+__all__ = ["TextAssembler", "TextSink", "with_seed"]
 
 
 class TextAssembler:
@@ -108,3 +110,9 @@ class TextSink:
                 self.future.set_exception(error)
             else:
                 self.future.set_result(reason)
+
+
+def with_seed(params: SamplingParams, base: int, ids: list[int], index: int) -> SamplingParams:
+    """A request without a seed gets one from the engine's seed, its prompt and its place: the same call, the same text."""
+    data = f"{base}:{index}:{ids}".encode()
+    return replace(params, seed=int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)

@@ -87,6 +87,9 @@ def _peers_table(rows: Sequence[Row]) -> str:
             row["peer"],
             f"{row['peer_value']:.2f}",
             f"{row['value']:.2f} (`{row['precision']}`)",
+            f"{row['pct_peak']:.0f} % of {row['peak']} {row['ceilings'][row['peak']]:.0f}"
+            if row.get("pct_peak")
+            else "",
             f"{row['ratio']:.2f} ({row['ratio_p20']:.2f}..{row['ratio_p80']:.2f})"
             + ("" if row["ratio"] >= 1 else ", the peer is ahead"),
             f"{error(row['peer_max_score_error'])} / {error(row['max_score_error'])}",
@@ -99,6 +102,7 @@ def _peers_table(rows: Sequence[Row]) -> str:
         "peer",
         f"its {unit}",
         f"ours, {unit}",
+        "linear layers of ours, share of the ceiling (GOP/s)",
         "ours over its, turn by turn",
         "largest score error, its / ours",
         "peak MiB, its / ours",

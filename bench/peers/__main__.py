@@ -18,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bench.ceiling import Meter
 from bench.peers.environments import HOME, environment
 from bench.rows import ROOT, append_row, quantiles
 
@@ -48,6 +49,7 @@ CONTESTS = (
     Contest("transformers", "int8", "transformers dynamic int8", "fast", ROUNDED),
     Contest("transformers", "peft", "transformers + PEFT, 4 adapters", "near", SAME, ("rank_lora",)),
 )
+PEAKS = {"near": "int8_madd", "fast": "int4_madd"}  # the ceiling of ours; the files' weights have 4 bits
 UNITS = {"rank": "candidates/s", "rank_lora": "candidates/s"}  # of the others: tokens/s
 FLAT, STEPS = 16, 64  # sequences of 450 tokens; decoding steps, the prompt of 64 tokens included in the time
 
@@ -102,7 +104,7 @@ def run_contest(contest: Contest, reference: Reference, settings: dict[str, Any]
     ours, theirs = Worker("uma", contest.ours, settings), Worker(contest.peer, contest.variant, settings)
     try:
         tasks = [t for t in contest.tasks if t in theirs.tasks and (not args.tasks or t in args.tasks.split(","))]
-        rows = [compare(task, contest, reference, (ours, theirs), args) for task in tasks]
+        rows = [compare(task, contest, reference, (ours, theirs), settings, args) for task in tasks]
         memory = ours.ask("quit")["peak_rss_mib"], theirs.ask("quit")["peak_rss_mib"]
     finally:
         ours.stop()
@@ -123,7 +125,12 @@ def run_contest(contest: Contest, reference: Reference, settings: dict[str, Any]
 
 
 def compare(
-    task: str, contest: Contest, reference: Reference, sides: tuple[Worker, Worker], args: argparse.Namespace
+    task: str,
+    contest: Contest,
+    reference: Reference,
+    sides: tuple[Worker, Worker],
+    settings: dict[str, Any],
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     size = {"rank": args.candidates, "rank_lora": args.candidates, "prefill": FLAT}.get(task, STEPS)
     amount = {"prefill": FLAT * 450, "decode_1": STEPS, "decode_16": 16 * STEPS}.get(task, size)
@@ -131,18 +138,29 @@ def compare(
         side.ask(f"{task} {8 if size > STEPS or task.startswith('rank') else 4}")  # warm
     seconds: tuple[list[float], list[float]] = ([], [])
     scores: list[Any] = [None, None]
+    meter = Meter(("fp32_fma", PEAKS[contest.ours], "read"), args.threads)
     for _ in range(args.repeats):
         for i, side in enumerate(sides):
             time.sleep(0.1)  # worker threads of some libraries spin for a while after a call
             reply = side.ask(f"{task} {size}")
             seconds[i].append(reply["seconds"])
             scores[i] = reply["scores"]
+        time.sleep(0.1)
+        meter()
     errors = [reference.error(task, found) for found in scores]
     if errors[1] is not None and errors[1] > contest.limit:
         raise RuntimeError(f"scores of `{task}` are {errors[1]:.3f} from the exact ones, more than {contest.limit}")
     p20, p50, p80 = quantiles(seconds[0])
     ratios = quantiles([b / a for a, b in zip(*seconds, strict=True)])
+    ceilings = {kind: round(meter.median(kind), 1) for kind in ("fp32_fma", PEAKS[contest.ours], "read")}
+    # Linear layers alone; a decoding step is bound by the weights it reads, and its share of a multiply rate says nothing.
+    tokens = {"prefill": FLAT * 450}.get(task, settings["rank_tokens"] if task.startswith("rank") else 0)
+    gflop_s = round(tokens * settings["flops_per_token"] / p50 / 1e9, 1)
     return {
+        "ceilings": ceilings,
+        "peak": PEAKS[contest.ours],
+        "gflop_s": gflop_s or None,
+        "pct_peak": round(100 * gflop_s / ceilings[PEAKS[contest.ours]], 1) if gflop_s else None,
         "bench": "peers",
         "task": task,
         "peer": contest.label,

@@ -47,12 +47,20 @@ def make_material(model: str, threads: int, candidates: int) -> dict[str, Any]:
             _write_adapter(files.config, adapter, seed)
     return {
         "model": model,
+        "flops_per_token": _linear_flops(files.config),
+        "rank_tokens": len(w.prefix) + sum(len(c) + len(w.suffix) for c in w.candidates),
         "gguf": str(source),
         "hf": str(home / "hf"),
         "workload": str(path),
         "adapters": [str(a) for a in adapters],
         "threads": threads,
     }
+
+
+def _linear_flops(c: Any) -> int:
+    """Of all linear layers for one token, a multiply and an add being two. What an engine leaves out (rows that nobody asks for) counts."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return 2 * c.num_layers * c.hidden_size * (2 * q + 2 * kv + 3 * c.intermediate_size)
 
 
 def _write_hub_directory(files: Any, target: Path) -> None:

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Tests, sanitizers and benches on an NVIDIA GPU, from the source tree, in under nine minutes.
 #
-#   bench/gpu.sh [PART...]     parts: ceilings tests sanitizer gemm lora attention topk runner; `all` (default) is all of them
+#   bench/gpu.sh [PART...]     parts: ceilings tests sanitizer gemm lora attention topk runner; `all` (default) is all of them;
+#                              `tune` races tile sizes, of which the tables in the kernels' modules hold the best
 #
 # Each part has its share of BUDGET seconds (default 520) and is stopped when it is spent; a part that fails does not stop
 # the rest. Where OUT names a folder, log and rows go there as two files; else to build/gpu and bench/results.
+# REHEARSE=1 runs the parts at once, each with all of BUDGET, and throws its numbers away: it finds what fails, and leaves
+# compiled kernels in Triton's cache (TRITON_CACHE_DIR) for the run that counts.
 # PYTHON names the interpreter (default python3), JOBS how many processes run the tests.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +19,7 @@ unset TRITON_INTERPRET
 
 parts=("$@")
 [[ $# -eq 0 || ${parts[0]} == all ]] && parts=(ceilings tests sanitizer gemm lora attention topk runner)
-declare -A weight=([ceilings]=8 [tests]=26 [sanitizer]=14 [gemm]=14 [lora]=16 [attention]=14 [topk]=12 [runner]=34)
+declare -A weight=([ceilings]=8 [tests]=26 [sanitizer]=14 [gemm]=14 [lora]=16 [attention]=14 [topk]=12 [runner]=34 [tune]=24)
 total=0
 for part in "${parts[@]}"; do
   [[ -n ${weight[$part]:-} ]] || { echo "unknown part '$part'; parts are: all ${!weight[*]}" >&2; exit 2; }
@@ -25,28 +28,8 @@ done
 
 
 run_tests() {
-  # A process for each file: the kernels of one op are compiled in one process, ops beside each other.
-  local file scratch failed
-  scratch=$(mktemp -d)
-  for file in tests/ops/test_*.py; do
-    while (($(jobs -rp | wc -l) >= jobs)); do wait -n; done
-    test_file "$file" "$scratch" &
-  done
-  wait
-  failed=$(find "$scratch" -name '*.failed' | wc -l)
-  rm -rf "$scratch"
-  return $((failed > 0))
-}
-
-test_file() {
-  local output code
-  output=$("$python" -m pytest -q "$1" -k triton -p no:cacheprovider -o addopts= -W ignore --tb=short --maxfail=5 2>&1)
-  code=$?
-  if [[ $code != 0 && $code != 5 ]]; then # 5: the file has no such tests
-    touch "$2/$(basename "$1").failed"
-    echo "$output" | tail -n 80
-  fi
-  echo "tests $(basename "$1"): $(tail -n 1 <<<"$output")"
+  "$python" -m pytest tests/ops -q -k triton -n "$jobs" --dist worksteal -p no:cacheprovider -o addopts= -W ignore --tb=short \
+    --maxfail=40
 }
 
 run_sanitizer() {
@@ -71,6 +54,11 @@ run_part() {
         -W ignore --tb=short &&
         "$python" -m bench.gpu.runner --quick
       ;;
+    tune)
+      "$python" -m bench.gpu.gemm --tune
+      "$python" -m bench.gpu.attention --tune
+      "$python" -m bench.gpu.topk --sweep --quick
+      ;;
     *) "$python" -m "bench.gpu.$1" --quick ;;
   esac
 }
@@ -91,25 +79,50 @@ else
   unset OUT
 fi
 
+timed_part() { # PART LIMIT; SIGINT, so that tests and benches still say what they have
+  GPU_SH_PART=$1 env --default-signal=INT timeout -s INT -k 8 "$2" "$0" 2>&1
+}
+
 summary=()
 begun=$SECONDS
-for part in "${parts[@]}"; do
-  limit=$((budget * weight[$part] / total))
-  start=$SECONDS
-  echo "=== $part (at most ${limit} s)"
-  GPU_SH_PART=$part timeout -k 5 "$limit" "$0" 2>&1 | tee -a "$log"
-  code=${PIPESTATUS[0]}
-  case $code in
+end_part() { # PART STATUS SECONDS LIMIT
+  local word
+  case $2 in
     0) word=passed ;;
-    124 | 137) word="stopped after ${limit} s" ;;
-    *) word="FAILED ($code)" ;;
+    124 | 137) word="stopped after $4 s" ;;
+    *) word="FAILED ($2)" ;;
   esac
-  summary+=("$(printf '%-10s %4d s  %s' "$part" $((SECONDS - start)) "$word")")
-  if [[ -n $out ]]; then
-    cat "$OUT"/*.jsonl >>"$out/rows.jsonl" 2>/dev/null
-    rm -f "$OUT"/*.jsonl
-  fi
-done
+  summary+=("$(printf '%-10s %4d s  %s' "$1" "$3" "$word")")
+}
+
+if [[ ${REHEARSE:-} ]]; then
+  scratch=$(mktemp -d)
+  OUT=$scratch
+  export OUT
+  for part in "${parts[@]}"; do
+    { timed_part "$part" "$budget" >"$scratch/$part.log"; echo "$? $((SECONDS - begun))" >"$scratch/$part.end"; } &
+  done
+  wait
+  for part in "${parts[@]}"; do
+    { echo "=== $part"; cat "$scratch/$part.log"; } >>"$log"
+    { echo "=== $part"; tail -n 25 "$scratch/$part.log" | cut -c1-400; }
+    read -r code took <"$scratch/$part.end"
+    end_part "$part" "$code" "$took" "$budget"
+  done
+  rm -rf "$scratch"
+else
+  for part in "${parts[@]}"; do
+    limit=$((budget * weight[$part] / total))
+    start=$SECONDS
+    echo "=== $part (at most ${limit} s)"
+    timed_part "$part" "$limit" | tee -a "$log"
+    end_part "$part" "${PIPESTATUS[0]}" $((SECONDS - start)) "$limit"
+    if [[ -n $out ]]; then
+      cat "$OUT"/*.jsonl >>"$out/rows.jsonl" 2>/dev/null
+      rm -f "$OUT"/*.jsonl
+    fi
+  done
+fi
 {
   echo "=== summary, $((SECONDS - begun)) s"
   printf '%s\n' "${summary[@]}"

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.gpu.harness import ceilings, compare, environment, num_copies, require_gpu, save, table
+from bench.gpu.harness import ceilings, compare, end, environment, guarded, num_copies, require_gpu, save, table
 from uma_kernels.attention import AttentionBatch
 from uma_kernels.attention.plan import build
 from uma_kernels.attention.triton_kernel import (
@@ -39,6 +39,7 @@ BLOCK = 16
 DTYPE = torch.bfloat16
 Row = dict[str, Any]
 Call = Callable[[], object]
+kept: list[Row] = []
 
 TREE_VARIANTS = {
     64: [
@@ -209,6 +210,12 @@ def plan_key(shape: Shape, config: Config) -> tuple[int, int, None]:
     return config.block_m // (shape.heads // shape.kv_heads), config.block_n, None
 
 
+def keep(rows: Sequence[Row]) -> None:
+    """Written at once: what comes later may not end in time."""
+    kept.extend(rows)
+    save("attention", rows)
+
+
 def rows_of(shape: Shape, part: str, timings: dict[str, Any], tiles: tuple[int, int]) -> list[Row]:
     base = {"part": part, "case": shape.name, "H": shape.heads, "Hkv": shape.kv_heads, "D": shape.head_dim}
     rows = []
@@ -228,7 +235,7 @@ def rows_of(shape: Shape, part: str, timings: dict[str, Any], tiles: tuple[int, 
     return rows
 
 
-def bench_plain(quick: bool) -> list[Row]:
+def bench_plain(quick: bool) -> None:
     shapes = [
         plain(16384 // length, length, heads, head_dim)
         for head_dim in (64, 128)
@@ -236,25 +243,24 @@ def bench_plain(quick: bool) -> list[Row]:
         for length in ((2048, 8192) if quick else (2048, 4096, 8192))
     ]
     shapes += [plain(4, 4096, 16, 256)]
-    rows: list[Row] = []
     for shape in shapes:
-        check_tree(Shape("check", shape.heads, 8, shape.head_dim, ((0, 300), (0, 131)), False))
-        batch = batch_of(shape)
-        sets = [tensors(shape) for _ in range(num_copies(shape.nbytes))]
-        calls: dict[str, list[Call]] = {"ours": [partial(ours, shape, s, batch, None) for s in sets]}
-        length = shape.chunks[0][1]
-        for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
-            listed = []
-            for s in sets:
-                q, k, v = (
-                    x.reshape(-1, length, x.shape[1], shape.head_dim).transpose(1, 2).contiguous() for x in s[:3]
-                )
-                listed.append(partial(flash, q, k, v, backend))
-            if usable(f"{name} {shape.name} H{shape.heads} D{shape.head_dim}", listed[0]):
-                calls[name] = listed
-        timings = compare(calls, rounds=8 if quick else 20)
-        rows += rows_of(shape, "plain", timings, tiles_of(shape, batch, tree_config(shape.head_dim, DTYPE)))
-    return rows
+        with guarded(f"plain {shape.name} H{shape.heads} D{shape.head_dim}"):
+            check_tree(Shape("check", shape.heads, 8, shape.head_dim, ((0, 300), (0, 131)), False))
+            batch = batch_of(shape)
+            sets = [tensors(shape) for _ in range(num_copies(shape.nbytes))]
+            calls: dict[str, list[Call]] = {"ours": [partial(ours, shape, s, batch, None) for s in sets]}
+            length = shape.chunks[0][1]
+            for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+                listed = []
+                for s in sets:
+                    q, k, v = (
+                        x.reshape(-1, length, x.shape[1], shape.head_dim).transpose(1, 2).contiguous() for x in s[:3]
+                    )
+                    listed.append(partial(flash, q, k, v, backend))
+                if usable(f"{name} {shape.name} H{shape.heads} D{shape.head_dim}", listed[0]):
+                    calls[name] = listed
+            timings = compare(calls, rounds=8 if quick else 20)
+            keep(rows_of(shape, "plain", timings, tiles_of(shape, batch, tree_config(shape.head_dim, DTYPE))))
 
 
 def dense_anchor(shape: Shape, inputs: Sequence[torch.Tensor]) -> Call:
@@ -324,66 +330,73 @@ def expanded_anchor(shape: Shape, inputs: Sequence[torch.Tensor], whole: bool) -
     return call
 
 
-def bench_ranking(quick: bool) -> list[Row]:
-    rows: list[Row] = []
+def bench_ranking(quick: bool) -> None:
+    ours_rows: list[Row] = []
     for job, candidate, count in ((120, 180, 10), (600, 250, 100), (600, 250, 500)):
-        shape = ranking(job, candidate, count)
-        check_tree(ranking(job, candidate, 3))
-        batch = batch_of(shape)
-        sets = [tensors(shape) for _ in range(min(8, num_copies(shape.nbytes)))]
-        calls: dict[str, list[Call]] = {"ours": [partial(ours, shape, s, batch, None) for s in sets]}
-        anchors: dict[str, Callable[[], Call]] = {
-            "flash, keys copied": partial(expanded_anchor, shape, sets[0], False),
-            "flash, job again": partial(expanded_anchor, shape, sets[0], True),
-        }
-        if shape.tokens <= 30_000:
-            anchors["sdpa, dense mask"] = partial(dense_anchor, shape, sets[0])
-        else:
-            print(f"  dense mask {shape.name} left out: {shape.tokens * (shape.tokens + job) / 2**30:.0f} GiB of mask")
-        if not quick or count == 100:
-            anchors["flex_attention"] = partial(flex_anchor, shape, sets[0])
-        for name, make in anchors.items():
-            made: list[Call] = []
-            if usable(f"{name} {shape.name}", lambda make=make, made=made: made.append(make()) or made[0]()):
-                calls[name] = made
-        timings = compare(calls, inner=8 if count < 500 else 2, rounds=8)
-        rows += rows_of(shape, "ranking", timings, tiles_of(shape, batch, tree_config(shape.head_dim, DTYPE)))
-        del sets, calls, anchors
-        torch.cuda.empty_cache()
-    per_tile = [r["ns_per_tile"] for r in rows if r["what"] == "ours"]
+        with guarded(f"ranking {job}/{candidate}/{count}"):
+            shape = ranking(job, candidate, count)
+            check_tree(ranking(job, candidate, 3))
+            batch = batch_of(shape)
+            sets = [tensors(shape) for _ in range(min(8, num_copies(shape.nbytes)))]
+            calls: dict[str, list[Call]] = {"ours": [partial(ours, shape, s, batch, None) for s in sets]}
+            anchors: dict[str, Callable[[], Call]] = {
+                "flash, keys copied": partial(expanded_anchor, shape, sets[0], False),
+                "flash, job again": partial(expanded_anchor, shape, sets[0], True),
+            }
+            if shape.tokens <= 30_000:
+                anchors["sdpa, dense mask"] = partial(dense_anchor, shape, sets[0])
+            else:
+                print(
+                    f"  dense mask {shape.name} left out: {shape.tokens * (shape.tokens + job) / 2**30:.0f} GiB of mask"
+                )
+            if not quick or count == 100:
+                anchors["flex_attention"] = partial(flex_anchor, shape, sets[0])
+            for name, make in anchors.items():
+                made: list[Call] = []
+                if usable(f"{name} {shape.name}", lambda make=make, made=made: made.append(make()) or made[0]()):
+                    calls[name] = made
+            timings = compare(calls, inner=8 if count < 500 else 2, rounds=8)
+            found = rows_of(shape, "ranking", timings, tiles_of(shape, batch, tree_config(shape.head_dim, DTYPE)))
+            ours_rows.append(found[0])
+            keep(found)
+            del sets, calls, anchors
+            torch.cuda.empty_cache()
+    per_tile = [r["ns_per_tile"] for r in ours_rows]
     print("  ns per unmasked tile over the ranking shapes:", ", ".join(f"{x:.2f}" for x in per_tile))
-    return rows
 
 
-def bench_short(quick: bool) -> list[Row]:
+def bench_short(quick: bool) -> None:
     """Short leaves and the last layer's single queries: programs that hold several chunks against one chunk a program."""
-    rows = []
     for shape in (
         ranking(600, 10, 500, "short 600/10/500"),
         ranking(600, 32, 500, "short 600/32/500"),
         Shape("last layer 100", 16, 8, 128, ((849, 1),) * 100, True),
         Shape("probes 850/1/500", 16, 8, 128, ((850, 1),) * 500, True),
     ):
-        check_tree(shape)
-        config = tree_config(shape.head_dim, DTYPE)
-        together, apart = batch_of(shape), batch_of(shape)
-        device = torch.device("cuda", torch.cuda.current_device())
-        key = plan_key(shape, config)
-        parts = [x.numpy() for x in (apart.cu_seqlens_q, apart.cu_seqlens_k, apart.context_slots)]
-        apart.plans[(device, *key)] = build(*parts, *key, device, share=False)
-        sets = [tensors(shape) for _ in range(num_copies(shape.nbytes, 8))]
-        timings = compare(
-            {
-                "ours": [partial(ours, shape, s, together, None) for s in sets],
-                "ours, apart": [partial(ours, shape, s, apart, None) for s in sets],
-            },
-            rounds=8 if quick else 20,
-        )
-        found = rows_of(shape, "short", timings, tiles_of(shape, together, config))
-        programs, tiles = tiles_of(shape, apart, config)
-        found[1] |= {"programs": programs, "tiles": tiles, "ns_per_tile": timings["ours, apart"].median * 1e3 / tiles}
-        rows += found
-    return rows
+        with guarded(f"short {shape.name}"):
+            check_tree(shape)
+            config = tree_config(shape.head_dim, DTYPE)
+            together, apart = batch_of(shape), batch_of(shape)
+            device = torch.device("cuda", torch.cuda.current_device())
+            key = plan_key(shape, config)
+            parts = [x.numpy() for x in (apart.cu_seqlens_q, apart.cu_seqlens_k, apart.context_slots)]
+            apart.plans[(device, *key)] = build(*parts, *key, device, share=False)
+            sets = [tensors(shape) for _ in range(num_copies(shape.nbytes, 8))]
+            timings = compare(
+                {
+                    "ours": [partial(ours, shape, s, together, None) for s in sets],
+                    "ours, apart": [partial(ours, shape, s, apart, None) for s in sets],
+                },
+                rounds=8 if quick else 20,
+            )
+            found = rows_of(shape, "short", timings, tiles_of(shape, together, config))
+            programs, tiles = tiles_of(shape, apart, config)
+            found[1] |= {
+                "programs": programs,
+                "tiles": tiles,
+                "ns_per_tile": timings["ours, apart"].median * 1e3 / tiles,
+            }
+            keep(found)
 
 
 @dataclass(frozen=True)
@@ -440,31 +453,32 @@ def check_decode(case: Decode, config: DecodeConfig | None = None) -> None:
     assert_reduction(out, theirs, true, DTYPE)
 
 
-def bench_decode(quick: bool) -> list[Row]:
+def bench_decode(quick: bool) -> None:
     heads = (16,) if quick else (16, 32)
     cases = [Decode(b, n, h) for h in heads for b in (1, 16, 64, 256) for n in (512, 2048, 8192)]
     cases += [Decode(256, 512, table=512), Decode(64, 2048, head_dim=64)]
-    rows: list[Row] = []
     for case in cases:
-        check_decode(Decode(3, case.context + 5, case.heads, case.kv_heads, case.head_dim))
-        sets = [decode_inputs(case) for _ in range(num_copies(case.nbytes, 32))]
-        calls: dict[str, list[Call]] = {"ours": [partial(our_decode, case, s, None) for s in sets]}
-        if not quick or case.table == 0:
-            wide = [gathered(case, s) for s in sets]
-            calls["sdpa, gathered"] = [partial(F.scaled_dot_product_attention, *w, enable_gqa=True) for w in wide]
-        timings = compare(calls, rounds=8 if quick else 20)
-        for name, timing in timings.items():
-            rate = case.nbytes / timing.median / 1e3
-            rows.append({
-                "part": "decode", "case": f"B{case.sequences} ctx{case.context}" + (" wide table" if case.table else ""),
-                "H": case.heads, "Hkv": case.kv_heads, "D": case.head_dim, "what": name, **timing.as_row(),
-                "gb_s": round(rate, 1), "of_copy": round(rate / ceilings().copy_gb_s, 3),
-                "of_read": round(rate / ceilings().read_gb_s, 3),
-                "vs_ours": round(timings["ours"].median / timing.median, 3),
-            })  # fmt: skip
-        del sets, calls
-        torch.cuda.empty_cache()
-    return rows
+        with guarded(f"decode B{case.sequences} ctx{case.context} H{case.heads} D{case.head_dim}"):
+            check_decode(Decode(3, case.context + 5, case.heads, case.kv_heads, case.head_dim))
+            sets = [decode_inputs(case) for _ in range(num_copies(case.nbytes, 32))]
+            calls: dict[str, list[Call]] = {"ours": [partial(our_decode, case, s, None) for s in sets]}
+            if not quick or case.table == 0:
+                wide = [gathered(case, s) for s in sets]
+                calls["sdpa, gathered"] = [partial(F.scaled_dot_product_attention, *w, enable_gqa=True) for w in wide]
+            timings = compare(calls, rounds=8 if quick else 20)
+            rows: list[Row] = []
+            for name, timing in timings.items():
+                rate = case.nbytes / timing.median / 1e3
+                rows.append({
+                    "part": "decode", "case": f"B{case.sequences} ctx{case.context}" + (" wide table" if case.table else ""),
+                    "H": case.heads, "Hkv": case.kv_heads, "D": case.head_dim, "what": name, **timing.as_row(),
+                    "gb_s": round(rate, 1), "of_copy": round(rate / ceilings().copy_gb_s, 3),
+                    "of_read": round(rate / ceilings().read_gb_s, 3),
+                    "vs_ours": round(timings["ours"].median / timing.median, 3),
+                })  # fmt: skip
+            keep(rows)
+            del sets, calls
+            torch.cuda.empty_cache()
 
 
 def tune() -> list[Row]:
@@ -519,7 +533,7 @@ def race(
     return found
 
 
-PARTS: dict[str, Callable[[bool], list[Row]]] = {
+PARTS: dict[str, Callable[[bool], None]] = {
     "plain": bench_plain,
     "ranking": bench_ranking,
     "short": bench_short,
@@ -543,12 +557,11 @@ def main() -> None:
         save("attention-tune", found)
         print(table(found, ("case", "what", "us", "vs_first", "times")))
         return
-    rows: list[Row] = []
     for part in args.only:
-        rows += PARTS[part](args.quick)
+        PARTS[part](args.quick)
         sys.stdout.flush()
-    save("attention", rows)
-    print(table(rows, COLUMNS))
+    print(table(kept, COLUMNS))
+    end()
 
 
 if __name__ == "__main__":

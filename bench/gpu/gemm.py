@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.harness import Timing, ceilings, compare, num_copies, require_gpu, save, table
+from bench.gpu.harness import Timing, ceilings, compare, end, guarded, num_copies, require_gpu, save, table
 from uma_kernels import activation, kv_cache, norm, rope
 from uma_kernels.dispatch import use_backend
 from uma_kernels.label_head import label_head, token_logprobs
@@ -58,6 +58,7 @@ def report(op: str, case: str, times: dict[str, Timing], flops: int = 0, moved: 
         row |= {"of_read": round(rate / limits.read_gb_s, 3)}
     row |= more
     results.append(row)
+    save("gemm", [row])
     print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
 
@@ -107,7 +108,8 @@ def bench_linear(quick: bool) -> None:
             for tokens in (
                 (1, 16, 64, 1024, 4096) if quick else (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048, 4096, 8192)
             ):
-                linear_cell(f"{model}-{site}", tokens, shape)
+                with guarded(f"linear {model}-{site} T{tokens}"):
+                    linear_cell(f"{model}-{site}", tokens, shape)
     ratios = [r["vs_cublas"] for r in results if r["op"] == "linear"]
     prefill = [
         r["vs_cublas"] for r in results if r["op"] == "linear" and int(r["case"].split("-T")[1].split("-")[0]) >= 1024
@@ -194,14 +196,16 @@ def fp8_cell(site: str, tokens: int, shape: tuple[int, int]) -> None:
 def bench_fp8(quick: bool) -> None:
     for site, shape in {"qkv": (6144, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}.items():
         for tokens in (16, 4096) if quick else (1, 16, 64, 1024, 4096):
-            fp8_cell(site, tokens, shape)
+            with guarded(f"fp8 {site} T{tokens}"):
+                fp8_cell(site, tokens, shape)
 
 
 def small_op(name: str, case: str, moved: int, make: Callable[[], tuple[Call, Call, Call]], rounds: int = 11) -> None:
     """`make` gives on fresh buffers: ours, the peer, and a check."""
-    made = [make() for _ in range(num_copies(moved))]
-    made[0][2]()
-    report(name, case, race({"ours": [m[0] for m in made], "torch": [m[1] for m in made]}, rounds), moved=moved)
+    with guarded(f"{name} {case}"):
+        made = [make() for _ in range(num_copies(moved))]
+        made[0][2]()
+        report(name, case, race({"ours": [m[0] for m in made], "torch": [m[1] for m in made]}, rounds), moved=moved)
 
 
 def close(ours: torch.Tensor, true: torch.Tensor) -> None:
@@ -335,7 +339,8 @@ def head_cells(vocabulary: int, width: int, quick: bool) -> None:
 
 def bench_head(quick: bool) -> None:
     for width in (1024, 4096):
-        head_cells(151936, width, quick)
+        with guarded(f"heads K{width}"):
+            head_cells(151936, width, quick)
 
 
 def plain_sample(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
@@ -365,20 +370,25 @@ def bench_sampling(quick: bool) -> None:
         ]
         ones = torch.ones(rows, device=DEVICE)
         for name, (temperature, top_k, top_p) in SAMPLING.items():
-            settings = SamplingBatch(
-                ones * temperature, (ones * top_k).int(), ones * top_p, ones * 0, ones, ones * 0, ones * 0,
-                torch.arange(rows, device=DEVICE), torch.zeros(rows, device=DEVICE, dtype=torch.int64),
-            )  # fmt: skip
-            with use_backend("reference"):
-                expected = sample(logits[0][:8], SamplingBatch(*(getattr(settings, f)[:8] for f in settings.__slots__)))
-            assert torch.equal(sample(logits[0], settings)[:8], expected), name
-            peer = (
-                partial(plain_sample, top_k=top_k, top_p=top_p) if name != "greedy" else partial(torch.argmax, dim=-1)
-            )
-            contestants: dict[str, Sequence[Call]] = {
-                "ours": [partial(sample, x, settings) for x in logits], "torch": [partial(peer, x) for x in logits],
-            }  # fmt: skip
-            report("sampling", f"{name}-B{rows}-V{vocabulary}", race(contestants), moved=4 * rows * vocabulary)
+            with guarded(f"sampling {name} B{rows}"):
+                settings = SamplingBatch(
+                    ones * temperature, (ones * top_k).int(), ones * top_p, ones * 0, ones, ones * 0, ones * 0,
+                    torch.arange(rows, device=DEVICE), torch.zeros(rows, device=DEVICE, dtype=torch.int64),
+                )  # fmt: skip
+                with use_backend("reference"):
+                    expected = sample(
+                        logits[0][:8], SamplingBatch(*(getattr(settings, f)[:8] for f in settings.__slots__))
+                    )
+                assert torch.equal(sample(logits[0], settings)[:8], expected), name
+                peer = (
+                    partial(plain_sample, top_k=top_k, top_p=top_p)
+                    if name != "greedy"
+                    else partial(torch.argmax, dim=-1)
+                )
+                contestants: dict[str, Sequence[Call]] = {
+                    "ours": [partial(sample, x, settings) for x in logits], "torch": [partial(peer, x) for x in logits],
+                }  # fmt: skip
+                report("sampling", f"{name}-B{rows}-V{vocabulary}", race(contestants), moved=4 * rows * vocabulary)
 
 
 PARTS: dict[str, Callable[[bool], None]] = {
@@ -401,6 +411,7 @@ def main() -> None:
     print(ceilings())
     if args.tune:
         tune()
+        save("gemm-tune", results)
     else:
         for part in args.only:
             PARTS[part](args.quick)
@@ -409,7 +420,7 @@ def main() -> None:
                 results, ("op", "case", "us", "vs_cublas", "vs_torch", "of_matmul", "of_copy", "of_read", "same_bits")
             )
         )
-    save("gemm", results)
+    end()
 
 
 if __name__ == "__main__":

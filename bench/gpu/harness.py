@@ -11,14 +11,16 @@ out of the picture. Contestants take turns, round after round: all of them see t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import gc
 import json
 import os
 import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,8 @@ __all__ = [
     "Timing",
     "ceilings",
     "compare",
+    "end",
+    "guarded",
     "num_copies",
     "require_gpu",
     "save",
@@ -160,6 +164,34 @@ def _read(x: torch.Tensor) -> torch.Tensor:
     from bench.gpu import kernels
 
     return kernels.read(x)
+
+
+# ---- what fails ----
+
+_failed: list[str] = []
+
+
+@contextlib.contextmanager
+def guarded(what: str) -> Iterator[None]:
+    """A cell that fails is named and has no row; the next ones run, as long as the device still answers. `end` tells."""
+    try:
+        yield
+    except Exception as error:
+        _failed.append(what)
+        print(f"FAILED {what}: {type(error).__name__}: {str(error)[:400]}", flush=True)
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            sys.exit(f"the device is lost after {what}: {str(lost).splitlines()[0]}")
+        del error
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def end() -> None:
+    """The last call of a bench: status 1 where a guarded cell has failed."""
+    if _failed:
+        sys.exit(f"{len(_failed)} cells failed: {', '.join(_failed)}")
 
 
 # ---- rows ----

@@ -5,8 +5,6 @@ Knows bytes; does not know what they mean.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ PER_PROGRAM = 16
 
 
 @triton.jit
-def _read(x: Any, out: Any, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _read(x, out, PER_PROGRAM: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Sums PER_PROGRAM neighbouring blocks; one number leaves for each program."""
     first = tl.program_id(0).to(tl.int64) * PER_PROGRAM * BLOCK
     total = tl.zeros([BLOCK], tl.int32)

@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.gpu import anchors
 from bench.gpu.anchors import Problem
-from bench.gpu.harness import require_gpu
+from bench.gpu.harness import end, guarded, require_gpu, save
 from uma_kernels.linear import linear, pack
 from uma_kernels.lora import DeviceRouting, LoraPool, plans, triton_augmented, triton_kernel, triton_site
 from uma_kernels.lora.plans import PairPlan, SitePlan
@@ -78,7 +75,10 @@ class Clock:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for call in (*calls[:2], self.flush):
+            for call in (
+                *calls,
+                self.flush,
+            ):  # all: each copy may have memory to take, or pointers to put on the device
                 call()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
@@ -398,9 +398,7 @@ def record(clock: Clock, args: argparse.Namespace, contestants: dict[str, list[C
         base = done["base cuBLAS"]["us"]
         row["tax"] = {name: round(t["us"] / base - 1, 4) for name, t in done.items() if name != "base cuBLAS"}
     rows.append(row)
-    if os.environ.get("OUT"):
-        with (Path(os.environ["OUT"]) / "lora.jsonl").open("a") as file:
-            file.write(json.dumps(row | {"device": torch.cuda.get_device_name(), "torch": torch.__version__}) + "\n")
+    save("lora", [row])
 
 
 def routing_cells(clock: Clock, args: argparse.Namespace) -> None:
@@ -477,20 +475,24 @@ def main() -> None:
     for site in sites:
         if "pair" in args.part:
             for tokens, adapters in QUICK_PAIR if args.quick else DECODE:
-                pair_cell(clock, args, site, tokens, adapters, mixed=False)
-                if (tokens, adapters) in ((64, 8), (64, 64)) and not args.quick:
-                    pair_cell(clock, args, site, tokens, adapters, mixed=True)
+                with guarded(f"pair {site} T{tokens} A{adapters}"):
+                    pair_cell(clock, args, site, tokens, adapters, mixed=False)
+                    if (tokens, adapters) in ((64, 8), (64, 64)) and not args.quick:
+                        pair_cell(clock, args, site, tokens, adapters, mixed=True)
         if "site" in args.part:
             for tokens, adapters in QUICK_SITE if args.quick else DECODE[:-4]:
-                site_cell(clock, args, "site", site, tokens, adapters)
+                with guarded(f"site {site} T{tokens} A{adapters}"):
+                    site_cell(clock, args, "site", site, tokens, adapters)
         if "prefill" in args.part:
             for tokens in (2048,) if args.quick else (2048, 8192):
                 for adapters in (1, 8):
-                    site_cell(clock, args, "prefill", site, tokens, adapters)
+                    with guarded(f"prefill {site} T{tokens} A{adapters}"):
+                        site_cell(clock, args, "prefill", site, tokens, adapters)
     if "routing" in args.part:
         routing_cells(clock, args)
     if not args.compile_only:
         show()
+    end()
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def device() -> torch.device:
 def report(name: str, **values: Any) -> None:
     row = {"name": name, **{key: round(v, 4) if isinstance(v, float) else v for key, v in values.items()}}
     rows.append(row)
+    save("runner", [row])
     print(row, flush=True)
 
 
@@ -334,7 +335,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{part} failed: {type(error).__name__}: {error}", flush=True)
                 traceback.print_exc()
                 freed()
-    save("runner", rows)
     print(environment()["device"])
     for row in rows:
         print("  ".join(f"{key}={value}" for key, value in row.items()))

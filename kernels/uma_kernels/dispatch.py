@@ -234,7 +234,7 @@ def set_num_threads(n: int) -> None:
     """
     import torch
 
-    torch.set_num_threads(1 if choose("linear") == "cpp" else n)
+    torch.set_num_threads(1 if C is not None and forced_backend() in (None, "cpp") else n)
     if C is not None:
         C.set_num_threads(n)
         C.keep_freed_memory()

@@ -18,6 +18,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.utils._device import _device_constructors
 
 __all__ = [
     "assert_best",
@@ -162,6 +163,8 @@ def assert_best(
 def poisoned_empty() -> Iterator[None]:
     """Inside, `torch.empty`, `empty_like` and `Tensor.new_empty` give NaN (or the largest integer): reads of unwritten memory show."""
     originals = (torch.empty, torch.empty_like, torch.Tensor.new_empty)
+    # `with torch.device(...)` looks up the constructors it serves once: before they are replaced, or it would not know them.
+    _device_constructors()
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.dtype is torch.float32 and tensor.device.type == "cpu":

@@ -28,7 +28,7 @@ from uma_engine.runner.memory import DeviceMemory, num_kv_blocks
 from uma_engine.runner.model_runner import Model, not_finite, penalised, sample_tokens, sampling_of
 from uma_engine.runner.prepare import StepArrays, attention_batch, lay_out, leading_decodes
 from uma_engine.runner.staging import Staging
-from uma_engine.runner.step_graphs import StepGraphs, on_host
+from uma_engine.runner.step_graphs import StepGraphs, on_host, step_buckets
 from uma_kernels.attention.plan import TreePlan, schedule
 
 __all__ = ["DeviceRunner", "Launched"]
@@ -97,6 +97,7 @@ class DeviceRunner:
         # Decode tokens may come on top of the budget: see SchedulerOutput.
         self._max_tokens = config.max_num_batched_tokens + config.max_num_seqs
         self._max_tokens = max(self._max_tokens, max_model_len + config.max_num_seqs)
+        self._max_graph_tokens = min(MAX_GRAPH_TOKENS, config.max_num_batched_tokens)
         self._staging = Staging(self.device)
         self._kv = KVCacheTensors([], [])
         self._graphs: DecodeGraphs | None = None
@@ -112,7 +113,7 @@ class DeviceRunner:
                 model.site_groups(),
                 max_loras=config.max_loras,
                 max_rank=config.max_lora_rank,
-                max_tokens=self._max_tokens,
+                max_tokens=max(self._max_tokens, step_buckets(self._max_graph_tokens)[-1]),
                 dtype=self._dtype,
                 device=self.device,
                 storage=config.lora_storage,
@@ -177,7 +178,7 @@ class DeviceRunner:
                 self._model,
                 self._kv,
                 self.device,
-                max_tokens=min(MAX_GRAPH_TOKENS, self._config.max_num_batched_tokens),
+                max_tokens=self._max_graph_tokens,
                 adapters=self.adapters,
                 staging=self._staging,
                 memory=self._graphs.memory,

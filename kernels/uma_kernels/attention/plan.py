@@ -58,7 +58,7 @@ def build(
     programs, pieces, positions = schedule(starts_q, starts_k, slots, block_q, block_n, window, share)
     parts = (programs, pieces, positions, slots)
     sizes = [part.size + -part.size % 4 for part in parts]  # every section begins at a multiple of 16 bytes
-    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    host = torch.empty(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     ends = np.cumsum(sizes)
     for part, end, size in zip(parts, ends, sizes, strict=True):
         host.numpy()[end - size :][: part.size] = part.reshape(-1)

@@ -53,11 +53,15 @@ class DecodeConfig:
 TREE_CONFIGS = {
     16: Config(64, 64, 4, 3),
     32: Config(64, 64, 4, 3),
-    64: Config(128, 64, 8, 3),
-    128: Config(128, 64, 8, 3),
-    256: Config(64, 32, 8, 3),
+    64: Config(128, 64, 8, 5),
+    128: Config(128, 64, 8, 5),
+    256: Config(128, 32, 8, 3),
 }
-TREE_CONFIGS_BEFORE_SM90 = TREE_CONFIGS | {128: Config(64, 32, 4, 3)}  # without wgmma registers are shorter
+TREE_CONFIGS_BEFORE_SM90 = TREE_CONFIGS | {
+    64: Config(128, 64, 8, 3),
+    128: Config(64, 32, 4, 3),
+    256: Config(64, 32, 8, 3),
+}  # without wgmma registers are shorter
 TREE_CONFIGS_FP32 = {
     16: Config(32, 16, 4, 1),
     32: Config(32, 16, 4, 1),
@@ -69,8 +73,8 @@ TREE_CONFIGS_FP32_BEFORE_SM90 = TREE_CONFIGS_FP32 | {256: Config(16, 16, 16, 1)}
 DECODE_CONFIGS = {
     16: DecodeConfig(256, 64, 4, 3),
     32: DecodeConfig(256, 64, 4, 3),
-    64: DecodeConfig(256, 64, 4, 4),
-    128: DecodeConfig(256, 64, 4, 4),
+    64: DecodeConfig(256, 128, 4, 4),
+    128: DecodeConfig(256, 32, 4, 6),
     256: DecodeConfig(256, 32, 4, 4),
 }
 DECODE_CONFIGS_FP32 = {

@@ -6,17 +6,22 @@ Knows rows, token ids and a packed weight; does not know what the tokens mean.
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uma_kernels.aot import AotCase
 from uma_kernels.dispatch import interpreted
 from uma_kernels.linear import PackedLinear
-from uma_kernels.linear.triton_kernel import Tile, device_limits, fits_tma, quantize_rows
+from uma_kernels.linear.triton_kernel import (
+    Tile,
+    constants,
+    device_limits,
+    operand_types,
+    operands,
+    products,
+    quantize_rows,
+)
 
 LABELS = 4  # of one row that a program computes: a constant, so that a label's sum does not know how many there are
 COLUMNS = 128  # of the vocabulary in a tile: likewise, for the sums of a row
@@ -52,27 +57,16 @@ def dots_kernel(
 @triton.jit(do_not_specialize=["T"])
 def logsumexp_tiles_kernel(
     x, w, x_scales, w_scales, tops, sums, T, V, K, stride_x, stride_w,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr, SCALED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLUSH: tl.constexpr, TMA_X: tl.constexpr,
+    TMA_W: tl.constexpr, SCALED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Of each row and BLOCK_N tokens: the largest logit, and the sum of e^(logit - largest). tops, sums [T, tiles]."""
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     in_m, in_n = offs_m < T, offs_n < V
-    logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first_k in range(0, K, BLOCK_K):
-        if TMA:
-            a = x.load([first_m, first_k])
-            b = w.load([first_n, first_k])
-        else:
-            offs_k = first_k + tl.arange(0, BLOCK_K)
-            in_k = offs_k[None, :] < K
-            a = tl.load(x + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :], in_m[:, None] & in_k, 0.0)
-            b = tl.load(w + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :], in_n[:, None] & in_k, 0.0)
-        if INTERPRETED:
-            logits += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
-        else:
-            logits = tl.dot(a, b.T, logits, input_precision="ieee")
+    logits = products(
+        x, w, first_m, first_n, T, V, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, FLUSH, TMA_X, TMA_W, INTERPRETED
+    )  # fmt: skip
     if SCALED:
         logits *= tl.load(x_scales + offs_m, in_m, 0.0)[:, None] * tl.load(w_scales + offs_n, in_n, 0.0)[None, :]
     logits = tl.where(in_n[None, :], logits, float("-inf"))
@@ -120,18 +114,12 @@ def token_logprobs(
     if tokens > FEW.rows and tile is FEW and capability >= 9:
         tile = MANY
     depth = tile.depth // x.element_size()
-    tma = capability >= 9 and x.dtype is not torch.float32 and fits_tma(x) and fits_tma(weight.data)
-    a: Any = x
-    b: Any = weight.data
-    if tma:
-        a = TensorDescriptor.from_tensor(x, [tile.rows, depth])
-        b = TensorDescriptor.from_tensor(weight.data, [tile.columns, depth])
+    a, b, how = operands(x, weight.data, tile, depth)
     tiles = triton.cdiv(vocabulary, tile.columns)
     tops, sums = torch.empty(2, tokens, tiles, dtype=torch.float32, device=x.device)
     logsumexp_tiles_kernel[(triton.cdiv(tokens, tile.rows), tiles)](
         a, b, x_scales, weight.scales, tops, sums, tokens, vocabulary, width, x.stride(0), weight.data.stride(0),
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=depth, TMA=tma, SCALED=x_scales is not None,
-        INTERPRETED=interpreted(), num_warps=tile.warps, num_stages=tile.stages,
+        SCALED=x_scales is not None, **how, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     logprobs_kernel[(tokens,)](
         tops, sums, logits, out, tiles, out.shape[1],
@@ -162,19 +150,12 @@ _DOTS = {
 
 def _tiles_case(tile: Tile, dtype: str, tma: bool) -> AotCase:
     depth = tile.depth // (4 if dtype == "fp32" else 2)
-    kinds = {
-        "x": f"tensordesc<{dtype}[{tile.rows},{depth}]>" if tma else f"*{dtype}",
-        "w": f"tensordesc<{dtype}[{tile.columns},{depth}]>" if tma else f"*{dtype}",
-    }
     return AotCase(
         f"logsumexp-{tile.rows}x{tile.columns}-{dtype}" + ("-tma" if tma else ""),
         logsumexp_tiles_kernel,
-        kinds
+        operand_types(dtype, tile, depth, tma, tma)
         | {"tops": "*fp32", "sums": "*fp32", "T": "i32", "V": "i32", "K": "i32:16", "stride_x": "i32:16", "stride_w": "i32:16"},
-        {
-            "x_scales": None, "w_scales": None, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "TMA": tma,
-            "SCALED": False, "INTERPRETED": False,
-        },
+        constants(tile, depth, dtype == "fp32", tma, tma) | {"x_scales": None, "w_scales": None, "SCALED": False},
         tile.warps,
         tile.stages,
         is_matmul=dtype != "fp32",

@@ -3,8 +3,9 @@
 Knows tiles, dtypes and scales; does not know layers, or how a quantised file stores its weights.
 
 Every element of the result is one chain of tensor-core instructions over K in ascending order, 16 (8 bits: 32) at a step,
-into one fp32 accumulator. Tiles differ with the number of rows, the instruction (wgmma m64k16 on sm_90, mma m16k16 on
-sm_80) and the order of its steps do not, and padding adds exact zeros: so a row has the same bits alone and in any batch.
+into one fp32 accumulator; fp32 itself takes chains of 8 steps that are added in order, since one long chain rounds too
+often. Tiles differ with the number of rows, the instruction (wgmma m64k16 on sm_90, mma m16k16 on sm_80) and the order of
+its steps do not, and padding adds exact zeros: so a row has the same bits alone and in any batch.
 There is no split along K.
 """
 
@@ -46,6 +47,7 @@ WIDE = (
 )
 NARROW = (Tile(64, 128, 128, 4, 6), Tile(64, 64, 256, 4, 5), Tile(64, 32, 256, 4, 6), Tile(64, 16, 512, 4, 5))
 FP32 = Tile(32, 128, 64, 8, 2)
+FP32_FLUSH = 8  # steps of 16: chains of 128 products
 AMPERE = (Tile(128, 128, 128, 8, 3), Tile(64, 64, 128, 4, 4))
 EMULATED = Tile(32, 64, 256, 4, 2)  # each program and each step of K costs the interpreter milliseconds
 
@@ -66,17 +68,58 @@ def plan(tokens: int, rows: int, dtype: torch.dtype, sms: int, capability: int) 
     return min(WIDE, key=cost)
 
 
+@triton.jit
+def products(
+    x, w, first_m, first_n, end_m, end_n, K, stride_x, stride_w,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLUSH: tl.constexpr, TMA_X: tl.constexpr,
+    TMA_W: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Rows of x from `first_m` times rows of w from `first_n`, [BLOCK_M, BLOCK_N] in fp32; of rows from `end_m` and `end_n` on
+    nothing is asked. This is where the bits of every product come from.
+
+    INTERPRETED: the interpreter's dot has no 16-bit types, and in its BLAS the place of a row in a tile decides its bits.
+    """
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # of FLUSH steps
+    for first_k in range(0, K, BLOCK_K):
+        offs_k = first_k + tl.arange(0, BLOCK_K)
+        in_k = offs_k[None, :] < K
+        if TMA_X:
+            a = x.load([first_m, first_k])
+        else:
+            from_x = x + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
+            a = tl.load(from_x, (offs_m[:, None] < end_m) & in_k, 0.0)
+        if TMA_W:
+            b = w.load([first_n, first_k])
+        else:
+            from_w = w + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
+            b = tl.load(from_w, (offs_n[:, None] < end_n) & in_k, 0.0)
+        if INTERPRETED:
+            sums += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
+        elif FLUSH:
+            chain = tl.dot(a, b.T, chain, input_precision="ieee")
+            full = (first_k // BLOCK_K) % FLUSH == FLUSH - 1
+            sums += tl.where(full, chain, 0.0)
+            chain = tl.where(full, 0.0, chain)
+        else:
+            sums = tl.dot(a, b.T, sums, input_precision="ieee")
+    if FLUSH:
+        sums += chain
+    return sums
+
+
 @triton.jit(do_not_specialize=["T"])
 def matmul_kernel(
     x, w, bias, x_scales, w_scales, out, T, N, K, stride_x, stride_w, stride_out,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
-    PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FLUSH: tl.constexpr,
+    TMA_X: tl.constexpr, TMA_W: tl.constexpr, PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    ADD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = (x @ w.T) * x_scales * w_scales + bias, with ADD added to what `out` holds before it is rounded.
 
-    Each program takes every num_programs-th tile, GROUP tiles of rows at a time, so that neighbours share what the L2 holds.
-    INTERPRETED: the interpreter's dot has no 16-bit types, and in its BLAS the place of a row in a tile decides its bits.
-    """
+    Each program takes every num_programs-th tile, GROUP tiles of rows at a time, so that neighbours share what the L2 holds."""
     tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PERSISTENT):
         group = tile // (GROUP * tiles_n)
@@ -86,24 +129,9 @@ def matmul_kernel(
         first_n = (inside // height) * BLOCK_N
         offs_m = first_m + tl.arange(0, BLOCK_M)
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first_k in range(0, K, BLOCK_K):
-            if TMA:
-                a = x.load([first_m, first_k])
-                b = w.load([first_n, first_k])
-            else:
-                offs_k = first_k + tl.arange(0, BLOCK_K)
-                in_k = offs_k[None, :] < K
-                a = tl.load(
-                    x + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :], (offs_m[:, None] < T) & in_k, 0.0
-                )
-                b = tl.load(
-                    w + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :], (offs_n[:, None] < N) & in_k, 0.0
-                )
-            if INTERPRETED:
-                sums += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
-            else:
-                sums = tl.dot(a, b.T, sums, input_precision="ieee")
+        sums = products(
+            x, w, first_m, first_n, T, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, FLUSH, TMA_X, TMA_W, INTERPRETED
+        )  # fmt: skip
         in_n = offs_n < N
         if SCALED:
             sums *= (
@@ -193,19 +221,39 @@ def linear(
     if tile is None:
         tile = EMULATED if interpreted() else plan(tokens, rows, x.dtype, sms, capability)
     depth = max(16, tile.depth // data.element_size())
-    tma = tile.tma and capability >= 9 and data.dtype is not torch.float32 and fits_tma(x) and fits_tma(data)
-    a: Any = x
-    b: Any = data
-    if tma:
-        a = TensorDescriptor.from_tensor(x, [tile.rows, depth])
-        b = TensorDescriptor.from_tensor(data, [tile.columns, depth])
+    a, b, how = operands(x, data, tile, depth)
+    persistent = tile.persistent and how["TMA_W"]
     tiles = -(-tokens // tile.rows) * -(-rows // tile.columns)
-    matmul_kernel[(min(tiles, sms) if tile.persistent and tma else tiles,)](
+    matmul_kernel[(min(tiles, sms) if persistent else tiles,)](
         a, b, bias, x_scales, scales, out, tokens, rows, width, x.stride(0), data.stride(0), out.stride(0),
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=8, TMA=tma, PERSISTENT=tile.persistent and tma,
-        HAS_BIAS=bias is not None, SCALED=scales is not None, ADD=add, INTERPRETED=interpreted(),
+        GROUP=8, PERSISTENT=persistent, HAS_BIAS=bias is not None, SCALED=scales is not None, ADD=add, **how,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def operands(x: torch.Tensor, data: torch.Tensor, tile: Tile, depth: int) -> tuple[Any, Any, dict[str, Any]]:
+    """x and w as `products` takes them, and its constants: by descriptors where device, type and addresses allow it."""
+    tma = tile.tma and device_limits(x.device)[1] >= 9 and data.dtype is not torch.float32 and fits_tma(data)
+    # A box most of whose rows do not exist loads slowly: T = 1 took 28 us where T = 64 took 17 (N 6,144, K 4,096, H200).
+    tma_x = tma and x.shape[0] >= tile.rows and fits_tma(x)
+    a = TensorDescriptor.from_tensor(x, [tile.rows, depth]) if tma_x else x
+    b = TensorDescriptor.from_tensor(data, [tile.columns, depth]) if tma else data
+    return a, b, constants(tile, depth, data.dtype is torch.float32, tma_x, tma, interpreted())
+
+
+def constants(
+    tile: Tile, depth: int, fp32: bool, tma_x: bool, tma_w: bool, interpreted: bool = False
+) -> dict[str, Any]:
+    return {
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "FLUSH": FP32_FLUSH if fp32 else 0, "TMA_X": tma_x,
+        "TMA_W": tma_w, "INTERPRETED": interpreted,
+    }  # fmt: skip
+
+
+def operand_types(dtype: str, tile: Tile, depth: int, tma_x: bool, tma_w: bool) -> dict[str, str]:
+    """Of x and w, for compiling ahead of time."""
+    sides = (("x", tile.rows, tma_x), ("w", tile.columns, tma_w))
+    return {name: f"tensordesc<{dtype}[{n},{depth}]>" if tma else f"*{dtype}" for name, n, tma in sides}
 
 
 def fits_tma(matrix: torch.Tensor) -> bool:
@@ -250,23 +298,22 @@ def gather_rows(data: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tens
     )
 
 
-def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = False, add: bool = False) -> AotCase:
+def _matmul_case(
+    name: str, tile: Tile, dtype: str, tma: bool, bias: bool = False, add: bool = False, few: bool = False
+) -> AotCase:
+    """`few`: fewer rows than the tile has."""
     scaled = dtype == "fp8e4nv"
     size = {"fp32": 4, "fp8e4nv": 1}.get(dtype, 2)
     depth = max(16, tile.depth // size)
-    kind = {
-        k: f"tensordesc<{dtype}[{n},{depth}]>" if tma else f"*{dtype}"
-        for k, n in (("x", tile.rows), ("w", tile.columns))
-    }
-    constexprs: dict[str, Any] = {
-        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "GROUP": 8, "TMA": tma, "PERSISTENT": tma and tile.persistent,
-        "HAS_BIAS": bias, "SCALED": scaled, "ADD": add, "INTERPRETED": False,
+    kind = operand_types(dtype, tile, depth, tma and not few, tma)
+    constexprs = constants(tile, depth, dtype == "fp32", tma and not few, tma) | {
+        "GROUP": 8, "PERSISTENT": tma and tile.persistent, "HAS_BIAS": bias, "SCALED": scaled, "ADD": add,
     }  # fmt: skip
     constexprs |= {} if bias else {"bias": None}
     constexprs |= {} if scaled else {"x_scales": None, "w_scales": None}
     out = "bf16" if scaled else dtype
     return AotCase(
-        f"matmul-{name}-{dtype}" + ("-tma" if tma else "") + ("-add" if add else ""),
+        f"matmul-{name}-{dtype}" + ("-tma" if tma else "") + ("-add" if add else "") + ("-few" if few else ""),
         matmul_kernel,
         {
             **kind, "bias": f"*{out}", "x_scales": "*fp32", "w_scales": "*fp32", "out": f"*{out}",
@@ -283,6 +330,7 @@ def _matmul_case(name: str, tile: Tile, dtype: str, tma: bool, bias: bool = Fals
 AOT_CASES = [
     *(_matmul_case(f"{t.rows}x{t.columns}", t, "bf16", True) for t in WIDE),
     *(_matmul_case(f"narrow-{t.rows}x{t.columns}", t, "bf16", True, bias=t.columns == 32) for t in NARROW),
+    *(_matmul_case(f"narrow-{t.rows}x{t.columns}", t, "bf16", True, few=True) for t in NARROW),
     _matmul_case("128x256", WIDE[0], "bf16", True, add=True),
     _matmul_case("narrow-64x32", NARROW[2], "bf16", True, add=True),
     _matmul_case("128x256", WIDE[0], "fp16", True),

@@ -10,12 +10,11 @@ rounded once. That needs finite B: 0 * inf is NaN (`pool` sees to it).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from uma_kernels.aot import AotCase
 from uma_kernels.dispatch import interpreted
@@ -26,9 +25,12 @@ from uma_kernels.linear.triton_kernel import (
     NARROW,
     WIDE,
     Tile,
+    constants,
     device_limits,
-    fits_tma,
+    operand_types,
+    operands,
     plan,
+    products,
     quantize_rows,
 )
 from uma_kernels.lora.triton_kernel import STORED, product, unpacked
@@ -44,7 +46,8 @@ def augmented_kernel(
     x, w, bias, x_scales, w_scales, out, T, K, stride_x, stride_w, stride_out,
     s_ptr, s_stride, b_ptr, slots_ptr, table_ptr, columns_ptr, slice_facts_ptr, num_slots, TABLE, COLUMN_TILES, RANK_BLOCKS,
     SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    TMA: tl.constexpr, PERSISTENT: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr, STORED_AS: tl.constexpr,
+    FLUSH: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
+    STORED_AS: tl.constexpr,
     EVEN_N: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = (x @ w.T) * x_scales * w_scales + s @ B + bias, with ADD added to what `out` holds. Tiles are taken in the order of
@@ -75,20 +78,10 @@ def augmented_kernel(
         n = n0 + tl.arange(0, BLOCK_N)
         in_n = n < width
         offs_n = start + n
-        sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for first_k in range(0, K, BLOCK_K):
-            if TMA:
-                a = x.load([first_m, first_k])
-                b = w.load([start + n0, first_k])
-            else:
-                offs_k = first_k + tl.arange(0, BLOCK_K)
-                in_k = offs_k[None, :] < K
-                a = tl.load(x + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :], in_m[:, None] & in_k, 0.0)
-                b = tl.load(w + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :], in_n[:, None] & in_k, 0.0)
-            if INTERPRETED:
-                sums += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
-            else:
-                sums = tl.dot(a, b.T, sums, input_precision="ieee")
+        sums = products(
+            x, w, first_m, start + n0, T, start + width, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, FLUSH, TMA_X,
+            TMA_W, INTERPRETED,
+        )  # fmt: skip
         if SCALED:
             sums *= tl.load(x_scales + offs_m, in_m, 0.0)[:, None] * tl.load(w_scales + offs_n, in_n, 0.0)[None, :]
 
@@ -139,25 +132,19 @@ def augmented(
     x_scales = None
     if scales is not None:
         x, x_scales = quantize_rows(x)
-    sms, capability = device_limits(x.device)
+    sms = device_limits(x.device)[0]
     tile = tile or tile_for(tokens, x, pool, add)
     depth = max(16, tile.depth // data.element_size())
-    tma = tile.tma and capability >= 9 and data.dtype is not torch.float32 and fits_tma(x) and fits_tma(data)
-    a: Any = x
-    b: Any = data
-    if tma:
-        a = TensorDescriptor.from_tensor(x, [tile.rows, depth])
-        b = TensorDescriptor.from_tensor(data, [tile.columns, depth])
+    a, b, how = operands(x, data, tile, depth)
     columns = pool.column_tiles(tile.columns)
     tiles = -(-tokens // tile.rows) * columns.shape[1]
-    persistent = tile.persistent and tma
+    persistent = tile.persistent and how["TMA_W"]
     augmented_kernel[(min(tiles, sms) if persistent else tiles,)](
         a, b, bias, x_scales, scales, out, tokens, width, x.stride(0), data.stride(0), out.stride(0),
         routing.shrunk, routing.shrunk.stride(0), pool.b, routing.slots, pool.table, columns, pool.slice_facts,
         pool.num_slots, pool.table.shape[1], columns.shape[1], pool.rank_blocks,
-        SLICES=len(pool.slices), BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=depth, GROUP=8, TMA=tma,
-        PERSISTENT=persistent, HAS_BIAS=bias is not None, SCALED=scales is not None, STORED_AS=STORED[pool.storage],
-        EVEN_N=all(n % 32 == 0 for n in pool.slices), ADD=add, INTERPRETED=interpreted(),
+        SLICES=len(pool.slices), GROUP=8, HAS_BIAS=bias is not None, SCALED=scales is not None,
+        STORED_AS=STORED[pool.storage], EVEN_N=all(n % 32 == 0 for n in pool.slices), ADD=add, **how,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -169,19 +156,16 @@ def _case(
     depth = max(16, tile.depth // {"fp32": 4, "fp8e4nv": 1}.get(dtype, 2))
     plain = "bf16" if scaled else dtype
     stored = {"dense": plain, "fp8": "fp8e4nv", "int4": "u8"}[storage]
-    operand = {
-        k: f"tensordesc<{dtype}[{rows},{depth}]>" if tma else f"*{dtype}"
-        for k, rows in (("x", tile.rows), ("w", tile.columns))
+    signature = operand_types(dtype, tile, depth, tma, tma) | {
+        f"{name}_ptr": "*i32" for name in ("slots", "table", "columns")
     }
-    signature = operand | {f"{name}_ptr": "*i32" for name in ("slots", "table", "columns")}
     signature |= {"bias": f"*{plain}", "out": f"*{plain}", "s_ptr": f"*{plain}", "b_ptr": f"*{stored}"}
     signature |= {"x_scales": "*fp32", "w_scales": "*fp32", "slice_facts_ptr": "*i64", "T": "i32", "K": "i32:16"}
     signature |= dict.fromkeys(("stride_x", "stride_w", "stride_out", "s_stride"), "i32:16")
     signature |= dict.fromkeys(("num_slots", "TABLE", "COLUMN_TILES", "RANK_BLOCKS"), "i32")
-    constexprs: dict[str, Any] = {
-        "SLICES": slices, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": depth, "GROUP": 8, "TMA": tma,
-        "PERSISTENT": tma and tile.persistent, "HAS_BIAS": False, "SCALED": scaled, "STORED_AS": STORED[storage],
-        "EVEN_N": True, "ADD": add, "INTERPRETED": False, "bias": None,
+    constexprs = constants(tile, depth, dtype == "fp32", tma, tma) | {
+        "SLICES": slices, "GROUP": 8, "HAS_BIAS": False, "SCALED": scaled, "STORED_AS": STORED[storage], "EVEN_N": True,
+        "ADD": add, "bias": None,
     }  # fmt: skip
     constexprs |= {} if scaled else {"x_scales": None, "w_scales": None}
     return AotCase(

@@ -35,8 +35,9 @@ def _rotate(x, heads, stride, half, offs, cos, sin, BLOCK: tl.constexpr):
     at = x + head * stride + offs[None, :]
     keep = (head < heads) & (offs[None, :] < half)
     first, second = tl.load(at, keep, 0.0).to(tl.float32), tl.load(at + half, keep, 0.0).to(tl.float32)
-    tl.store(at, (first * cos - second * sin).to(x.dtype.element_ty), keep)
-    tl.store(at + half, (second * cos + first * sin).to(x.dtype.element_ty), keep)
+    # The fused step is written out: a compiler that chooses one may choose another for other strides.
+    tl.store(at, tl.fma(first, cos, -(second * sin)).to(x.dtype.element_ty), keep)
+    tl.store(at + half, tl.fma(second, cos, first * sin).to(x.dtype.element_ty), keep)
 
 
 def rope(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> None:

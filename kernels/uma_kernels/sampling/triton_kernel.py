@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from uma_kernels.sampling import SamplingBatch, TokenCounts
 
 NOT_FINITE, NOTHING_LEFT = -1, -2  # in place of a token
-BLOCK = 4096
+BLOCK = 8192
+LEAST = 32  # Triton's scan fails on a block of one
 
 
 @triton.jit
@@ -58,15 +59,15 @@ def _keys(distances):
 
 @triton.jit
 def _front(scores, mask, V, largest, temperature, last, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """How many tokens have a key of at most `last`, and what they weigh."""
-    number = tl.zeros((), tl.int32)
-    weight = tl.zeros((), tl.float64)
+    """How many tokens have a key of at most `last`, and what they weigh. Threads meet once, at the end."""
+    number = tl.zeros((BLOCK,), tl.int32)
+    weight = tl.zeros((BLOCK,), tl.float64)
     for first in range(0, V, BLOCK):
         distances = _distances(scores, mask, first + tl.arange(0, BLOCK), V, largest, temperature, MASKED)
         inside = (_keys(distances) <= last) & (first + tl.arange(0, BLOCK) < V)
-        number += tl.sum(inside.to(tl.int32), 0)
-        weight += tl.sum(tl.where(inside, tl.exp(distances), 0.0).to(tl.float64), 0)
-    return number, weight
+        number += inside.to(tl.int32)
+        weight += tl.where(inside, tl.exp(distances), 0.0).to(tl.float64)
+    return tl.sum(number, 0), tl.sum(weight, 0)
 
 
 @triton.jit
@@ -93,44 +94,50 @@ def sample_kernel(
     if MASKED:
         mask += row * V
     temperature = tl.load(temperatures + row)
-    largest = float("-inf")
-    bad = 0
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK,), tl.int32)  # of the first of each lane's largest
+    odd = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, V, BLOCK):
         offs = first + tl.arange(0, BLOCK)
         values = tl.load(logits + offs, offs < V, float("-inf"))
-        bad += tl.sum(((values != values) | (values == float("inf"))).to(tl.int32), 0)
+        odd |= ((values != values) | (values == float("inf"))).to(tl.int32)
         if MASKED:
             values = tl.where((offs < V) & (tl.load(mask + offs, offs < V, 0) != 0), values, float("-inf"))
-        largest = tl.maximum(largest, tl.max(values, 0))
+        place = tl.where(values > best, offs, place)
+        best = tl.where(values > best, values, best)
+    largest = tl.max(best, 0)
+    bad = tl.max(odd, 0)
     token = tl.full((), -1, tl.int64)
     if bad == 0:
         token -= 1
         if largest > float("-inf"):
-            # temperature 0: the front of the order is the largest score itself
-            greedy = temperature == 0.0
-            temperature = tl.where(greedy, 1.0, temperature)
-            top_k = tl.where(greedy, V, tl.load(top_ks + row))
-            top_p = tl.where(greedy, 1.0, tl.load(top_ps + row))
-            least = tl.load(min_ps + row)
-            top_k = tl.where((top_k <= 0) | (top_k > V), V, top_k)
-            cut = tl.where(greedy, 0, 0x7F800000)  # the last key that stays
-            ties = tl.where(greedy, 1, top_k)  # how many of those with that key stay: the first ones
-            if top_k < V:
-                cut, before, _ = _bisect(logits, mask, V, largest, temperature, cut, top_k, 0.0, MASKED, BLOCK)
-                ties = top_k - before
-            if top_p < 1.0:
-                whole = _whole(logits, mask, V, largest, temperature, cut, ties, MASKED, BLOCK)
-                target = top_p.to(tl.float64) * whole
-                end, _, before_weight = _bisect(logits, mask, V, largest, temperature, cut, 0, target, MASKED, BLOCK)
-                each = tl.exp(-end.to(tl.float32, bitcast=True)).to(tl.float64)
-                wanted = tl.where(each > 0.0, tl.ceil((target - before_weight) / each), 1.0)
-                wanted = tl.maximum(tl.minimum(wanted, V * 1.0), 1.0).to(tl.int32)
-                ties = tl.where(end == cut, tl.minimum(ties, wanted), wanted)
-                cut = end
-            token = _draw(
-                logits, mask, V, largest, temperature, cut, ties, least, tl.load(seeds + row), tl.load(steps + row),
-                MASKED, BLOCK,
-            )  # fmt: skip
+            if temperature == 0.0:
+                token = tl.min(tl.where(best == largest, place, V), 0).to(tl.int64)
+            else:
+                top_k = tl.load(top_ks + row)
+                top_p = tl.load(top_ps + row)
+                least = tl.load(min_ps + row)
+                top_k = tl.where((top_k <= 0) | (top_k > V), V, top_k)
+                cut = tl.full((), 0x7F800000, tl.int32)  # the last key that stays
+                ties = top_k  # how many of those with that key stay: the first ones
+                if top_k < V:
+                    cut, before, _ = _bisect(logits, mask, V, largest, temperature, cut, top_k, 0.0, MASKED, BLOCK)
+                    ties = top_k - before
+                if top_p < 1.0:
+                    whole = _whole(logits, mask, V, largest, temperature, cut, ties, MASKED, BLOCK)
+                    target = top_p.to(tl.float64) * whole
+                    end, _, before_weight = _bisect(
+                        logits, mask, V, largest, temperature, cut, 0, target, MASKED, BLOCK
+                    )
+                    each = tl.exp(-end.to(tl.float32, bitcast=True)).to(tl.float64)
+                    wanted = tl.where(each > 0.0, tl.ceil((target - before_weight) / each), 1.0)
+                    wanted = tl.maximum(tl.minimum(wanted, V * 1.0), 1.0).to(tl.int32)
+                    ties = tl.where(end == cut, tl.minimum(ties, wanted), wanted)
+                    cut = end
+                token = _draw(
+                    logits, mask, V, largest, temperature, cut, ties, least, tl.load(seeds + row),
+                    tl.load(steps + row), MASKED, BLOCK,
+                )  # fmt: skip
     tl.store(out + row, token)
 
 
@@ -225,7 +232,7 @@ def sample(
         )  # fmt: skip
     sample_kernel[(rows,)](
         logits, mask, out, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, batch.steps,
-        vocabulary, MASKED=mask is not None, BLOCK=min(BLOCK, triton.next_power_of_2(vocabulary)), num_warps=16,
+        vocabulary, MASKED=mask is not None, BLOCK=min(BLOCK, max(LEAST, triton.next_power_of_2(vocabulary))), num_warps=16,
     )  # fmt: skip
 
 

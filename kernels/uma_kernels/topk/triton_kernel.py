@@ -26,8 +26,8 @@ from uma_kernels.topk.corpus import Corpus
 
 GROUP = 16  # rows
 FAN = 8  # entries of a level under one of the next
-TOP = 8192  # entries of the topmost level, at most
-CHUNK = 16384  # entries that a program holds in registers
+TOP = 1024  # entries of the topmost level, at most
+CHUNK = 8192  # entries that a program holds in registers
 SCAN = 4096  # entries that it numbers at once
 ORDERED = 128  # entries that a program puts in their places
 SINGLE = 16  # columns of a tile that serves one query: the narrowest product there is
@@ -44,9 +44,9 @@ class Tile:
 
 # By bytes of an element; few queries: the corpus must come as fast as memory gives it. All tiles of fp32 have one depth: three
 # TF32 products are three chains for each step of it.
-FEW = {4: Tile(128, 16, 32, 4, 4), 2: Tile(128, 16, 128, 4, 3), 1: Tile(128, 16, 128, 4, 4)}
+FEW = {4: Tile(128, 16, 32, 4, 4), 2: Tile(128, 16, 128, 4, 3), 1: Tile(128, 16, 128, 4, 3)}
 SOME = {4: Tile(128, 64, 32, 8, 3), 2: Tile(128, 64, 64, 4, 4), 1: Tile(128, 64, 64, 4, 4)}
-MANY = {4: Tile(128, 64, 32, 8, 3), 2: Tile(128, 128, 64, 8, 4), 1: Tile(128, 128, 64, 8, 4)}
+MANY = {4: Tile(128, 64, 32, 8, 3), 2: Tile(128, 128, 64, 8, 3), 1: Tile(128, 128, 64, 8, 4)}
 EMULATED = Tile(128, 16, 64, 4, 2)
 
 
@@ -150,28 +150,41 @@ def _load_keys(values, parents, start, count, size, FAN: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def _threshold(values, parents, count, size, k, FAN: tl.constexpr, CHUNK: tl.constexpr, ONE: tl.constexpr):
-    """The k-th largest key (the least one where there are fewer), bit by bit, and how many are larger."""
-    threshold = tl.full((), -(2**31), tl.int32)
-    larger = 0
-    if ONE:
-        keys, _place = _load_keys(values, parents, 0, count, size, FAN, CHUNK)
-        for bit in range(32):
-            trial = threshold ^ (tl.full((), 1, tl.int32) << (31 - bit))
-            reached = tl.sum((keys >= trial).to(tl.int32), 0)
-            threshold = tl.where(reached >= k, trial, threshold)
-        larger = tl.sum((keys > threshold).to(tl.int32), 0)
-    else:
-        for bit in range(32):
-            trial = threshold ^ (tl.full((), 1, tl.int32) << (31 - bit))
-            reached = 0
-            for start in range(0, count, CHUNK):
-                keys, _place = _load_keys(values, parents, start, count, size, FAN, CHUNK)
-                reached += tl.sum((keys >= trial).to(tl.int32), 0)
-            threshold = tl.where(reached >= k, trial, threshold)
-        for start in range(0, count, CHUNK):
-            keys, _place = _load_keys(values, parents, start, count, size, FAN, CHUNK)
-            larger += tl.sum((keys > threshold).to(tl.int32), 0)
-    return threshold, larger
+    """The k-th largest key (the least one where there are fewer), and how many are larger. Two bits at a step: how many keys
+    reach each of the three thresholds is one sum, of 21 bits for each."""
+    threshold = tl.full((), 0, tl.uint32)  # in the order of unsigned numbers
+    held = _unsigned(_load_keys(values, parents, 0, count, size, FAN, CHUNK)[0])
+    for step in range(16):
+        shift = 30 - 2 * step
+        reached = _reached(held, threshold, shift)
+        if not ONE:
+            for start in range(CHUNK, count, CHUNK):
+                keys = _unsigned(_load_keys(values, parents, start, count, size, FAN, CHUNK)[0])
+                reached += _reached(keys, threshold, shift)
+        counts = tl.sum(reached, 0)
+        more = ((counts & 0x1FFFFF) >= k).to(tl.uint32) + (((counts >> 21) & 0x1FFFFF) >= k).to(tl.uint32)
+        threshold += (more + ((counts >> 42) >= k).to(tl.uint32)) << shift
+    larger = (held > threshold).to(tl.int32)
+    if not ONE:
+        for start in range(CHUNK, count, CHUNK):
+            keys = _unsigned(_load_keys(values, parents, start, count, size, FAN, CHUNK)[0])
+            larger += (keys > threshold).to(tl.int32)
+    return (threshold ^ 0x80000000).to(tl.int32, bitcast=True), tl.sum(larger, 0)
+
+
+@triton.jit
+def _unsigned(keys):
+    return keys.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _reached(keys, threshold, shift):
+    """Which of threshold + 1, 2, 3 << shift each key reaches, as one number whose parts can be added up."""
+    one = tl.full((), 1, tl.uint32) << shift
+    first = (keys >= threshold + one).to(tl.int64)
+    second = (keys >= threshold + 2 * one).to(tl.int64)
+    third = (keys >= threshold + 3 * one).to(tl.int64)
+    return first + (second << 21) + (third << 42)
 
 
 @triton.jit
@@ -311,7 +324,7 @@ def _constants(corpus: Corpus, filter: torch.Tensor | None, tile: Tile) -> dict[
 def _registers(count: int) -> dict[str, Any]:
     """How a program that selects from `count` entries holds them: at once where they fit."""
     chunk = min(CHUNK, max(64, triton.next_power_of_2(count)))
-    warps = max(1, min(16, chunk // 512))
+    warps = 1 if chunk <= 1024 else min(16, chunk // 512)  # warps that share a sum wait for each other
     return {"CHUNK": chunk, "ONE": count <= chunk, "PART": min(chunk, SCAN), "num_warps": warps}
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from bench.gpu.harness import Timing, ceilings, compare, end, guarded, num_copies, require_gpu, save, table
 from uma_kernels import activation, kv_cache, norm, rope
+from uma_kernels.check import TILE_ROWS
 from uma_kernels.dispatch import use_backend
 from uma_kernels.label_head import label_head, token_logprobs
 from uma_kernels.linear import FP8, gather_rows, linear, pack
@@ -75,7 +76,7 @@ def linear_cell(name: str, tokens: int, shape: tuple[int, int], tile: Tile | Non
     rows, width = shape
     sets = num_copies(2 * (rows * width + tokens * (rows + width)))
     weights = [normal(rows, width) * width**-0.5 for _ in range(sets)]
-    inputs = [normal(tokens, width) for _ in range(sets)]
+    inputs = [normal(max(tokens, TILE_ROWS), width)[:tokens] for _ in range(sets)]  # as the engine's own ops allot them
     outs = [torch.empty(tokens, rows, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
     gemm.linear(inputs[0], weights[0], None, None, outs[0], tile=tile)
     check_product(outs[0], inputs[0], weights[0])

@@ -111,7 +111,7 @@ def ranking(shape: ModelConfig, quick: bool) -> None:
     sizes, rng = (JOB, CANDIDATE, COUNT), np.random.default_rng(0)
     best: dict[str, float] = {}
     for budget in (16384,) if quick else (8192, 16384, 32768):
-        options: dict[str, Any] = {"max_num_batched_tokens": budget, "kv_cache_bytes": 2**30, "enforce_eager": True}
+        options: dict[str, Any] = {"max_num_batched_tokens": budget, "kv_cache_bytes": 2**30}
         engines = {mode: make_engine(shape, mode=mode, **options) for mode in ("audit", "fast")}
         alone: dict[str, list[float]] = {mode: [] for mode in engines}
         four: dict[str, list[float]] = {mode: [] for mode in engines}

@@ -9,7 +9,7 @@ import os
 
 import torch
 
-__all__ = ["FLOATS", "ShapeError", "check", "check_indices", "out_like", "ptr", "readable"]
+__all__ = ["FLOATS", "TILE_ROWS", "ShapeError", "check", "check_indices", "empty_rows", "out_like", "ptr", "readable"]
 
 _CHECK_VALUES = os.environ.get("UMA_CHECK_VALUES") == "1"  # read once
 FLOATS = (
@@ -17,6 +17,9 @@ FLOATS = (
     torch.bfloat16,
     torch.float16,
 )  # what an op takes on a GPU; on the CPU compiled kernels take fp32
+
+
+TILE_ROWS = 64  # the fewest rows that a tensor-core tile on a GPU has
 
 
 class ShapeError(ValueError):
@@ -86,9 +89,17 @@ def out_like(
 ) -> torch.Tensor:
     """`out` checked, or a new uninitialised tensor of `shape` with the dtype and device of `like`."""
     if out is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
+        return empty_rows(shape, like)
     check(name, out, shape, like.dtype, strided)
     return out
+
+
+def empty_rows(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """A new uninitialised tensor with the dtype and device of `like`. On a GPU memory follows for at least TILE_ROWS rows: a
+    product may then load a whole tile of it, which is faster than asking for the rows that exist."""
+    if like.device.type == "cpu" or len(shape) < 2 or not 0 < shape[0] < TILE_ROWS:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    return torch.empty((TILE_ROWS, *shape[1:]), dtype=like.dtype, device=like.device)[: shape[0]]
 
 
 def ptr(tensor: torch.Tensor | None) -> int:

@@ -438,14 +438,17 @@ def test_factors_that_overflow_end_their_own_rows_alone(backend: str, form: str,
 
 def test_a_site_takes_the_form_of_its_mode(backend: str) -> None:
     """`fast` rounds where its form does; `audit` never changes it."""
-    assert {plans.site_form(t, "audit", True) for t in (1, 64, 65, 10_000)} == {plans.AUGMENTED}
-    assert [plans.site_form(t, "fast", True) for t in (1, 64, 65)] == [plans.DECODE, plans.DECODE, plans.PAIR]
-    assert plans.site_form(1, "fast", False) == plans.PAIR
+    assert {plans.site_form(t, "audit", True) for t in (1, 16)} == {plans.DECODE if ON_GPU else plans.AUGMENTED}
+    assert {plans.site_form(t, "audit", True) for t in (17, 10_000)} == {plans.AUGMENTED}
+    assert plans.site_form(1, "audit", False) == plans.AUGMENTED
+    fast = [plans.site_form(t, "fast", True) for t in (1, 5, 256, 257)]
+    assert fast == [plans.DECODE, plans.BESIDE, plans.BESIDE, plans.PAIR]
+    assert {plans.site_form(1, "fast", False), plans.site_form(1, "fast", True, 14336)} == {plans.BESIDE}
     k, slices, dtype = 64, (32, 32), torch.bfloat16
     adapters = [random_factors(k, slices, (4, 8), dtype)]
     pool, mapping = make_pool(k, slices, adapters, dtype), [t % 2 - 1 for t in range(70)]
     w, bias, x = (v.to(dtype) for v in (torch.randn(64, k) * k**-0.5, torch.randn(64), torch.randn(70, k)))
-    for tokens in (3, 70):
+    for tokens in (3, 20, 70):
         update = true_update(x[:tokens], slices, adapters, mapping[:tokens], torch.float64)
         for before in (None, torch.randn(tokens, 64).to(dtype)):
             out = torch.empty(tokens, 64, dtype=dtype) if before is None else before.clone()
@@ -559,7 +562,7 @@ def test_a_hundred_launches_give_the_same_bits(backend: str) -> None:
 
 @gpu_only
 def test_both_forms_of_a_decode_site_have_the_same_bits(backend: str) -> None:
-    """If this holds, `audit` may take the one-launch form for few rows too (plans.site_form)."""
+    """`audit` takes the one launch for few rows, the augmented product for others (plans.site_form)."""
     k, slices, dtype = 4096, (1024, 256, 256), torch.bfloat16
     adapters = [random_factors(k, slices, (16, 8, 40), dtype) for _ in range(4)]
     pool = make_pool(k, slices, adapters, dtype)

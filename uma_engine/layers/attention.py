@@ -14,6 +14,7 @@ from uma_engine.layers.linear import Adapters, Linear, MergedLinear
 from uma_engine.layers.norm import RMSNorm
 from uma_kernels import kv_cache
 from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention
+from uma_kernels.check import empty_rows
 from uma_kernels.rope import rope
 
 __all__ = ["Attention", "AttentionShape"]
@@ -122,7 +123,7 @@ class Attention:
         s, decode = self.shape, batch.decode
         if decode is None:
             return tree_attention(q, k, v, k_cache, v_cache, batch.attention, s.scale, s.window)
-        out, n = torch.empty(q.shape, dtype=q.dtype, device=q.device), decode.num_rows
+        out, n = empty_rows(tuple(q.shape), q), decode.num_rows
         paged_decode(
             q[:n],
             k_cache,

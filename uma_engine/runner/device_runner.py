@@ -34,7 +34,7 @@ from uma_kernels.attention.plan import TreePlan, schedule
 __all__ = ["DeviceRunner", "Launched"]
 
 MAX_GRAPH_ROWS = 256
-MAX_GRAPH_TOKENS = 8192  # beyond this the device has more to do in a step than the host
+MAX_GRAPH_TOKENS = 16384  # beyond this the device has more to do in a step than the host
 
 
 class DeviceModel(Model, Protocol):

@@ -45,7 +45,7 @@ WIDE = (
     Tile(64, 128, 128, 4, 5, 0.75),
     Tile(64, 64, 256, 4, 4, 0.6),
 )
-NARROW = (Tile(64, 128, 128, 4, 6), Tile(64, 64, 256, 4, 5), Tile(64, 32, 256, 4, 6), Tile(64, 16, 512, 4, 5))
+NARROW = (Tile(64, 128, 128, 4, 6), Tile(64, 64, 256, 4, 5), Tile(64, 32, 512, 4, 4), Tile(64, 16, 512, 4, 5))
 FP32 = Tile(32, 128, 64, 8, 2)
 FP32_FLUSH = 8  # steps of 16: chains of 128 products
 AMPERE = (Tile(128, 128, 128, 8, 3), Tile(64, 64, 128, 4, 4))
@@ -234,11 +234,19 @@ def linear(
 def operands(x: torch.Tensor, data: torch.Tensor, tile: Tile, depth: int) -> tuple[Any, Any, dict[str, Any]]:
     """x and w as `products` takes them, and its constants: by descriptors where device, type and addresses allow it."""
     tma = tile.tma and device_limits(x.device)[1] >= 9 and data.dtype is not torch.float32 and fits_tma(data)
-    # A box most of whose rows do not exist loads slowly: T = 1 took 28 us where T = 64 took 17 (N 6,144, K 4,096, H200).
-    tma_x = tma and x.shape[0] >= tile.rows and fits_tma(x)
-    a = TensorDescriptor.from_tensor(x, [tile.rows, depth]) if tma_x else x
+    # A box most of whose rows do not exist loads slowly: T = 1 took 28 us where T = 64 took 17 (N 6,144, K 4,096, H200). So x
+    # goes by a descriptor where all its rows have memory, whatever that holds, and by pointers elsewhere.
+    rows = x.shape[0] if x.shape[0] >= tile.rows else tile.rows if _rows_in_memory(x) >= tile.rows else 0
+    tma_x = tma and rows > 0 and fits_tma(x)
+    a: Any = TensorDescriptor(x, [rows, x.shape[1]], list(x.stride()), [tile.rows, depth]) if tma_x else x
     b = TensorDescriptor.from_tensor(data, [tile.columns, depth]) if tma else data
     return a, b, constants(tile, depth, data.dtype is torch.float32, tma_x, tma, interpreted())
+
+
+def _rows_in_memory(x: torch.Tensor) -> int:
+    """How many rows at x's stride lie inside of its storage, x's own first."""
+    elements = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return (elements - x.shape[1]) // max(1, x.stride(0)) + 1
 
 
 def constants(

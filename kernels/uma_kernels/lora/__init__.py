@@ -6,7 +6,7 @@ Knows rows, slots and factors; does not know where adapters come from or which r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -236,8 +236,16 @@ def lora_linear(
     from uma_kernels.lora import triton_augmented, triton_kernel, triton_site
 
     tokens = routing.num_tokens
-    form = plans.site_form(tokens, weight.mode, weight.scales is None and x.element_size() == 2)
-    if form == plans.PAIR:
+    form = plans.site_form(tokens, weight.mode, weight.scales is None and x.element_size() == 2, pool.in_features)
+    if form == plans.BESIDE and x.is_cuda:
+        pair = replace(plans.pair_plan(tokens, x.element_size()), pdl=False)  # it follows a kernel of another stream
+        routing.fork()
+        with torch.cuda.stream(routing.side):
+            triton_kernel.run_pair(x, out, pool, routing, pair, shrink=True, expand=False)
+        linear(x, weight, bias, out, add=add)
+        routing.join()
+        triton_kernel.run_pair(x, out, pool, routing, pair, shrink=False, expand=True)
+    elif form in (plans.PAIR, plans.BESIDE):
         linear(x, weight, bias, out, add=add)
         triton_kernel.lora_merged(x, out, pool, routing, plans.pair_plan(tokens, x.element_size()))
     elif form == plans.DECODE:

@@ -69,6 +69,17 @@ class DeviceRouting:
         self.arrivals = int32(SPLIT_TILES)
         self.ready = int32(2)  # tiles shrunk; programs that have seen all
         self.num_tokens = 0
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fork(self) -> None:
+        """What `side` does from now on comes after what the current stream has been given."""
+        assert self.side is not None
+        self.side.wait_stream(torch.cuda.current_stream())
+
+    def join(self) -> None:
+        """What the current stream does from now on comes after what `side` has been given."""
+        assert self.side is not None
+        torch.cuda.current_stream().wait_stream(self.side)
 
     def build(self, token_lora_mapping: torch.Tensor) -> None:
         """

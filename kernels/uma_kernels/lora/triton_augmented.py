@@ -75,6 +75,8 @@ def augmented_kernel(
             b_start = tl.multiple_of(b_start, 16)
         offs_m = first_m + tl.arange(0, BLOCK_M)
         in_m = offs_m < T
+        slots = tl.load(slots_ptr + offs_m, in_m, -1)  # here, so that nobody waits for them after the product
+        slot = tl.min(tl.where(slots < 0, num_slots, slots), 0)
         n = n0 + tl.arange(0, BLOCK_N)
         in_n = n < width
         offs_n = start + n
@@ -88,9 +90,7 @@ def augmented_kernel(
         packed = n0 // PER + tl.arange(0, BLOCK_N // PER)
         b_tile = b_ptr + b_start + r[:, None] * (width // PER) + packed[None, :]
         in_b = (packed < width // PER)[None, :]
-        slots = tl.load(slots_ptr + offs_m, in_m, -1)
         s_tile = s_ptr + offs_m.to(tl.int64)[:, None] * s_stride + r[None, :]
-        slot = tl.min(tl.where(slots < 0, num_slots, slots), 0)
         while slot < num_slots:
             own = (slots == slot)[:, None]
             row = table_ptr + slot * TABLE

@@ -541,6 +541,7 @@ def run_pair(
 ) -> None:
     """One launch. `shrunk` [T, any] takes s instead of the routing's scratch."""
     s = routing.shrunk if shrunk is None else shrunk
+    pdl = plan.pdl and not interpreted()
     pair_kernel[(num_programs(x.device, plan.programs),)](
         x,
         x.stride(0),
@@ -567,10 +568,10 @@ def run_pair(
         EXPAND=expand,
         ADD=add,
         BY_BLOCK=by_block,
-        PDL=plan.pdl,
+        PDL=pdl,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
-        **({"launch_pdl": True} if plan.pdl else {}),
+        **({"launch_pdl": True} if pdl else {}),
     )
 
 

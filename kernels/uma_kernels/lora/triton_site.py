@@ -81,6 +81,7 @@ def site_kernel(
     BN: tl.constexpr,
     BASE_K: tl.constexpr,
     EVEN_BASE: tl.constexpr,
+    EVEN_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ADD: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -127,10 +128,15 @@ def site_kernel(
         NOTHING: tl.constexpr = 0 if STORED_AS == 2 else 0.0
         tile = pid - SHRINKERS
         which = tl.load(columns_ptr + tile)
-        n0 = tl.multiple_of(tl.load(columns_ptr + COLUMN_TILES + tile), 16)
-        width = tl.multiple_of(tl.load(slice_facts_ptr + which * 3), 16)
-        out_column = tl.multiple_of(tl.load(slice_facts_ptr + which * 3 + 1), 16)
-        b_start = tl.multiple_of(tl.load(slice_facts_ptr + which * 3 + 2), 16)
+        n0 = tl.load(columns_ptr + COLUMN_TILES + tile)
+        width = tl.load(slice_facts_ptr + which * 3)
+        out_column = tl.load(slice_facts_ptr + which * 3 + 1)
+        b_start = tl.load(slice_facts_ptr + which * 3 + 2)
+        if EVEN_N:
+            n0 = tl.multiple_of(n0, 16)
+            width = tl.multiple_of(width, 16)
+            out_column = tl.multiple_of(out_column, 16)
+            b_start = tl.multiple_of(b_start, 16)
         n = n0 + tl.arange(0, BN)
         n_ok = n < width
         t = tl.arange(0, ROWS)
@@ -193,7 +199,7 @@ def site_decode(
     """One launch."""
     columns = pool.column_tiles(plan.block_n)
     shared = constants(pool, x.shape[0], PairPlan(True, block_k=plan.block_k))
-    del shared["BM"], shared["EVEN_N"]
+    del shared["BM"]
     tiles = columns.shape[1]
     site_kernel[(plan.shrinkers + tiles,)](
         x,
@@ -304,6 +310,7 @@ def _aot_cases() -> list[AotCase]:
             "BASE_K": plan.base_k,
             "EVEN_K": True,
             "EVEN_BASE": True,
+            "EVEN_N": True,
             "HAS_BIAS": False,
             "ADD": slices == 1,  # as the projections that end at the residual
             "bias_ptr": None,

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.ceiling import KINDS
 from bench.charts import Bar, bar_chart
+from bench.gpu import report as gpu
 from bench.rows import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
@@ -202,6 +203,12 @@ def main() -> None:
             parts.append(f"## {title}\n\n{render(rows)}")
     (DOCS / "benchmarks.md").write_text("\n".join(parts))
     print(f"wrote {Path('docs/benchmarks.md')} and its pictures")
+    on_gpu = {area: rows for area in gpu.AREAS if (rows := read_rows(area))}
+    if on_gpu:
+        (DOCS / "gpu.md").write_text(gpu.page(on_gpu, table))
+        if "gpu-gemm" in on_gpu:
+            (DOCS / "gpu-linear-roofline.svg").write_text(gpu.linear_picture(on_gpu["gpu-gemm"]))
+        print(f"wrote {Path('docs/gpu.md')} and its picture")
 
 
 if __name__ == "__main__":

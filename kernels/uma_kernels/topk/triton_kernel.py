@@ -26,7 +26,7 @@ from uma_kernels.topk.corpus import Corpus
 
 GROUP = 16  # rows
 FAN = 8  # entries of a level under one of the next
-TOP = 1024  # entries of the topmost level, at most
+TOP = 8192  # entries of the topmost level, at most
 CHUNK = 8192  # entries that a program holds in registers
 SCAN = 4096  # entries that it numbers at once
 ORDERED = 128  # entries that a program puts in their places

@@ -188,8 +188,8 @@ class Scheduler:
         request = state.request
         assert request.sampling is not None
         request.output_token_ids.append(token_id)
-        request.segments[0].token_ids.append(token_id)
-        if token_id in state.stop_token_ids:
+        request.segments[-1].token_ids.append(token_id)
+        if token_id in state.stop_token_ids or (request.grammar is not None and request.grammar.finished):
             reason = FinishReason.STOP
         elif len(request.output_token_ids) >= request.sampling.max_tokens:  # within the model length: see admission
             reason = FinishReason.LENGTH

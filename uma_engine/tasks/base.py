@@ -32,6 +32,7 @@ from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
 from uma_engine.tasks.generate import TextSink
+from uma_engine.tasks.grammar import GrammarCompiler, JsonGrammar
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
@@ -67,6 +68,7 @@ class EngineBase:
         self._rank_prompt = functools.lru_cache(maxsize=128)(
             lambda question: ranking.RankPrompt.build(tokenizer, template, question)
         )
+        self._grammars = GrammarCompiler(tokenizer, self.vocab_size, self._eos_ids())
         weakref.finalize(self, self._stack.loop.stop)  # an engine that is forgotten without `close` ends its thread
 
     # -- adapters and information -----------------------------------------------------------------------------------
@@ -389,7 +391,7 @@ class EngineBase:
         for name, given in (("params", all_params), ("adapter", all_adapters)):
             if len(given) != n:
                 raise InvalidRequest(f"`{name}` has {len(given)} entries for {n} prompts", param=name)
-        prepared: list[tuple[Segment, SamplingParams]] = []
+        prepared: list[tuple[Segment, SamplingParams, JsonGrammar | None]] = []
         began = time.perf_counter()
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
             if not isinstance(p, SamplingParams):
@@ -415,12 +417,12 @@ class EngineBase:
                 )
             if p.seed is None:
                 p = _with_seed(p, self.config.seed, ids, index)
-            prepared.append((Segment(ids), p))
+            prepared.append((Segment(ids), p, self._grammar(p)))
         tokenization_time = time.perf_counter() - began
         requests: list[Request] = []
         sinks: list[TextSink] = []
         try:
-            for index, ((segment, p), adapter_name) in enumerate(zip(prepared, all_adapters, strict=True)):
+            for index, ((segment, p, grammar), adapter_name) in enumerate(zip(prepared, all_adapters, strict=True)):
                 stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids())
                 sink = TextSink(index, IncrementalDecoder(tokenizer), p.stop, stop_ids, emit)
                 ref = self._lease(adapter_name)
@@ -435,6 +437,7 @@ class EngineBase:
                     sampling=p,
                     stop_token_ids=stop_ids,
                     deadline=expires,
+                    grammar=grammar,
                 )
                 requests.append(request)
         except BaseException as error:
@@ -454,6 +457,17 @@ class EngineBase:
 
         call: Call[list[Completion]] = Call(self._stack.loop, requests, sinks, build)
         return call
+
+    def _grammar(self, params: SamplingParams) -> JsonGrammar | None:
+        if params.json_schema is None:
+            return None
+        if self.config.device != "cpu":
+            raise InvalidRequest(
+                f"`json_schema` is given but `device` is `{self.config.device}`, whose sampling knows no grammars",
+                hint="leave `device` out",
+                param="json_schema",
+            )
+        return self._grammars.json(params.json_schema, params.max_tokens)
 
     def _generate_usage(self, request: Request, tokenization_time: float, started: float, ended: float) -> Usage:
         return Usage(

@@ -10,6 +10,7 @@ from uma_engine.cli.console import open_engine, write_line
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.tasks.records import SURFACE_FORMAT, differences, read_record
+from uma_engine.tasks.shortlist import recorded_wishes
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
             instruction=options["instruction"],
             labels=options["labels"],
             max_tokens_per_candidate=options["max_tokens_per_candidate"],
+            **recorded_wishes(options),
         ).record
     return _compare(record, again)
 
@@ -55,6 +57,7 @@ def _replay_surface(args: argparse.Namespace, record: Mapping[str, Any]) -> int:
             job_facts=options["job_facts"],
             instruction=options["instruction"],
             max_tokens_per_candidate=options["max_tokens_per_candidate"],
+            **recorded_wishes(options),
         ).record
     return _compare(record, again)
 

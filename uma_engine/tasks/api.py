@@ -9,7 +9,7 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from uma_engine.core import AdapterRef, Candidate, SamplingParams
 from uma_engine.errors import UmaError
@@ -20,9 +20,13 @@ from uma_engine.tasks.base import EngineBase
 from uma_engine.tasks.calibrate import calibrate
 from uma_engine.tasks.calls import Call
 from uma_engine.tasks.plan import finish, prepared, run, run_async
+from uma_engine.tasks.plan_stream import stream, stream_async
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
+from uma_engine.tasks.shortlist import RankEvent
 
 __all__ = ["AsyncEngine", "Engine"]
+
+Explain = Literal["ledger", "words"]
 
 
 class Engine(EngineBase):
@@ -69,6 +73,11 @@ class Engine(EngineBase):
         tenant: str = "",
         surface: Surface | Mapping[str, Any] | str | Path | None = None,
         job_facts: Mapping[str, Any] | None = None,
+        explain: Explain = "ledger",
+        explain_top: int | None = None,
+        explain_tokens: int | None = None,
+        explain_strict: bool = True,
+        deliberate: int | None = None,
     ) -> RankAnswer:
         """Rank candidates for a job.
 
@@ -79,7 +88,14 @@ class Engine(EngineBase):
         Surface:    with `surface` (a `Surface`, its plain data or its TOML file) the score is the declared aggregate of declared
                     factors, each in the result's ledger, and the answer a `SurfaceAnswer` that shows ties. `job_facts` are
                     the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
-        Numerics:   the same bits alone, in any batch, in any order, cached or not.
+        Words:      `explain="words"` with a surface (extra `words`): for the first `explain_top` results (5) the model writes an
+                    assessment of at most `explain_tokens` tokens (160), in which every sentence cites the ledger or the texts.
+                    What rules do not find in what it cites is dropped, and a sentence from the ledger stands in where a section
+                    is left empty. `explain_strict=False` lets small words that no source has pass, if they are no known skill.
+        Notes:      with `deliberate=N` the model first writes up to N tokens of notes about each of the first `explain_top` results
+                    and the probes are read again after them. These results are put in order anew, the others stay behind them;
+                    `answer.deliberation` has the notes and what they changed, `answer.stages` what each stage cost.
+        Numerics:   the same bits alone, in any batch, in any order, cached or not; words and notes are greedy.
         Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), SurfaceError,
                     UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable.
         """
@@ -95,8 +111,22 @@ class Engine(EngineBase):
             tenant=tenant,
             surface=surface,
             job_facts=job_facts,
+            explain=explain,
+            explain_top=explain_top,
+            explain_tokens=explain_tokens,
+            explain_strict=explain_strict,
+            deliberate=deliberate,
         )
         return run(plan)
+
+    def rank_stream(self, query: str, candidates: Iterable[Candidate | str], **options: Any) -> Iterator[RankEvent]:
+        """`rank` as events: scores and order first, then each grounded sentence as it is written, the whole answer last.
+
+        `options` are those of `rank`. Nothing is computed before the first event is asked for; closing the iterator cancels what is
+        left. Only sentences that were found grounded are ever shown. Errors as in `rank`, from the iterator.
+        """
+        self._check_open()
+        return stream(self._rank_stream_plan(query, candidates, options), _whole)
 
     def calibrate(
         self,
@@ -180,6 +210,10 @@ class Engine(EngineBase):
         return _Stream(call, pieces)
 
 
+def _whole(answer: RankAnswer) -> RankEvent:
+    return RankEvent("answer", answer)
+
+
 class _Stream(Iterator[CompletionChunk]):
     """Pieces of a call that runs already. Leaving early cancels it: by `close`, by the end of a `with`, or by forgetting it."""
 
@@ -258,6 +292,11 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
         surface: Surface | Mapping[str, Any] | str | Path | None = None,
         job_facts: Mapping[str, Any] | None = None,
+        explain: Explain = "ledger",
+        explain_top: int | None = None,
+        explain_tokens: int | None = None,
+        explain_strict: bool = True,
+        deliberate: int | None = None,
     ) -> RankAnswer:
         """As `Engine.rank`."""
         plan = self._rank_plan(
@@ -272,8 +311,20 @@ class AsyncEngine(EngineBase):
             tenant=tenant,
             surface=surface,
             job_facts=job_facts,
+            explain=explain,
+            explain_top=explain_top,
+            explain_tokens=explain_tokens,
+            explain_strict=explain_strict,
+            deliberate=deliberate,
         )
         return await run_async(plan)
+
+    def rank_stream(
+        self, query: str, candidates: Iterable[Candidate | str], **options: Any
+    ) -> AsyncIterator[RankEvent]:
+        """As `Engine.rank_stream`: an asynchronous iterator."""
+        self._check_open()
+        return stream_async(self._rank_stream_plan(query, candidates, options), _whole)
 
     async def score(
         self,

@@ -36,6 +36,7 @@ from uma_engine.tasks.grammar import GrammarCompiler, JsonGrammar
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo, Usage
+from uma_engine.tasks.shortlist import Beside, Emit, shortlist_plan
 from uma_engine.tasks.stack import Progress, Stack
 from uma_engine.tasks.surface_rank import as_surface, surface_call
 
@@ -45,6 +46,17 @@ if TYPE_CHECKING:
 __all__ = ["EngineBase"]
 
 DEFAULT_LABELS = ("yes", "no")
+RANK_DEFAULTS: dict[str, Any] = {
+    "adapter": None,
+    "top_n": None,
+    "instruction": None,
+    "labels": DEFAULT_LABELS,
+    "max_tokens_per_candidate": None,
+    "deadline": None,
+    "tenant": "",
+    "surface": None,
+    "job_facts": None,
+}
 ZERO_SHOT = (
     "zero-shot: no adapter was used and `{model}` is not known to be tuned for ranking; "
     "these scores show that the engine runs, they are not advice about people"
@@ -212,6 +224,16 @@ class EngineBase:
             inference_time=time.perf_counter() - started,
         )
 
+    def _rank_stream_plan(
+        self, query: str, candidates: Iterable[Candidate | str], options: Mapping[str, Any]
+    ) -> Callable[[Emit], Plan[RankAnswer]]:
+        """What makes the plan of `rank_stream` for a listener. Errors: InvalidRequest for an option that `rank` does not have"""
+        wishes = ("explain", "explain_top", "explain_tokens", "explain_strict", "deliberate")
+        for name in options:
+            if name not in RANK_DEFAULTS and name not in wishes:
+                raise InvalidRequest(f"`rank_stream` has no option `{name}`", hint="its options are those of `rank`")
+        return lambda emit: self._rank_plan(query, candidates, emit=emit, **(RANK_DEFAULTS | dict(options)))
+
     def _rank_plan(
         self,
         query: str,
@@ -219,7 +241,7 @@ class EngineBase:
         **options: Any,
     ) -> Plan[RankAnswer]:
         """The calls of a ranking, one after the other; see `Engine.rank`."""
-        return (yield self._rank_call(query, candidates, **options))
+        return (yield from shortlist_plan(self, query, candidates, **options))
 
     def _rank_call(
         self,
@@ -235,7 +257,9 @@ class EngineBase:
         tenant: str,
         surface: Surface | Mapping[str, Any] | str | Path | None,
         job_facts: Mapping[str, Any] | None,
+        beside: Beside | None = None,
     ) -> Call[RankAnswer]:
+        """`beside`: what later stages will read after the candidates' texts."""
         self._check_open()
         began = time.perf_counter()
         expires = self._deadline(deadline)
@@ -271,6 +295,7 @@ class EngineBase:
                 expires=expires,
                 tenant=tenant,
                 began=began,
+                beside=beside,
             )
         if job_facts is not None:
             raise InvalidRequest("`job_facts` is given without a surface", hint="only a surface's facts read them")
@@ -282,7 +307,10 @@ class EngineBase:
         room = prompt.room(instruction_ids, job_ids, self.max_model_len)
         limit = min(room, max_tokens_per_candidate) if max_tokens_per_candidate else room
         encoded = [self._stack.check_tokens(ids) for ids in tokenizer.encode_batch([c.text.strip() for c in people])]
-        segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit)
+        others = [] if beside is None else beside.of(adapter)
+        shared = ranking.shared_prefix([prompt.after_candidate, *others]) if others else None
+        segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit, shared)
+        leaves = [i for i, segment in enumerate(segments) if segment.scored]
         tokenization_time = time.perf_counter() - began
         sink = ScoreSink()
         with self._leased(adapter, sink) as ref:
@@ -312,7 +340,8 @@ class EngineBase:
                 logits, paths = sink.future.result(), sum(s.path_offset + len(s) for s in segments if s.scored)
                 usage = self._score_usage(request, tokenization_time, call.started, paths)
             everyone: list[RankResult] = [
-                ranking.rank_result(i, person, labels, logits[i + 2], truncated[i]) for i, person in enumerate(people)
+                ranking.rank_result(i, person, labels, logits[leaves[i]], truncated[i])
+                for i, person in enumerate(people)
             ]
             record = make_record(
                 query=query,

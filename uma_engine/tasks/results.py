@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from uma_engine.core import FinishReason
+from uma_engine.ranking.assessment import Assessment
 from uma_engine.ranking.ledger import Factor, LedgerLine
 from uma_engine.ranking.redaction import Redaction
 
@@ -17,11 +18,14 @@ __all__ = [
     "AdapterUse",
     "Completion",
     "CompletionChunk",
+    "Deliberation",
     "Factor",
+    "Note",
     "RankAnswer",
     "RankResult",
     "Score",
     "StackInfo",
+    "Stage",
     "SurfaceAnswer",
     "SurfaceResult",
     "Usage",
@@ -98,8 +102,46 @@ class RankResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """What one stage of a ranking cost: `scores`, `notes`, `reading again` or `words`."""
+
+    name: str
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What was noted about one candidate before the probes were read again, and what that changed. Places count from 1."""
+
+    index: int
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    score_before: float
+    logits_before: tuple[float, ...]
+    place_before: int
+    score: float
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliberation:
+    """`notes` in the order after them. `kendall_tau` compares the scores before and after; `moved` counts changed places."""
+
+    notes: tuple[Note, ...]
+    order_before: tuple[int, ...]
+    order: tuple[int, ...]
+    kendall_tau: float
+    moved: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankAnswer:
-    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order."""
+    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order.
+
+    With `explain="words"` the shortlist's `assessments`, best first; with `deliberate` what the notes changed: the shortlist's
+    scores are those after them, and it keeps the places that it took. `stages` says what each stage cost, `usage` all of them.
+    """
 
     results: tuple[RankResult, ...]
     all_results: tuple[RankResult, ...]
@@ -107,6 +149,9 @@ class RankAnswer:
     stack: StackInfo
     warnings: tuple[str, ...]
     record: Mapping[str, Any] = field(repr=False, default_factory=dict)
+    assessments: tuple[Assessment, ...] = ()
+    deliberation: Deliberation | None = None
+    stages: tuple[Stage, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the decision record."""
@@ -120,6 +165,9 @@ class RankAnswer:
             | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),
             "warnings": list(self.warnings),
+            "assessments": [a.to_dict() for a in self.assessments],
+            "deliberation": asdict(self.deliberation) if self.deliberation else None,
+            "stages": [asdict(s) for s in self.stages],
         }
 
 

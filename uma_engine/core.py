@@ -171,7 +171,7 @@ class AdapterRef:
 class Grammar(Protocol):
     """What tokens may follow in one request's output: below the tasks, only this much is known of it.
 
-    Used by one thread, in the order of the output's tokens: `mask`, then `accept` with the token that was drawn. An error it
+    Used by one thread, in the order of the output's tokens: `mask`, `accept` with the token that was drawn, `forced`. An error it
     raises (UmaError) ends its request alone.
     """
 
@@ -181,6 +181,10 @@ class Grammar(Protocol):
 
     def accept(self, token_id: int) -> int:
         """Take the token that was drawn; the token that stands: another one where the output would not end in time."""
+        ...
+
+    def forced(self) -> list[int]:
+        """Take, and return, the tokens that must come next whatever the model says; none where it has a choice. Raises nothing."""
         ...
 
     @property

@@ -179,6 +179,9 @@ class Failing:
             raise InvalidRequest("no token")
         return token_id
 
+    def forced(self) -> list[int]:
+        return []
+
 
 @pytest.mark.parametrize("where", ["mask", "accept"])
 def test_a_grammar_that_fails_ends_its_own_request_alone(engine: Engine, where: str) -> None:

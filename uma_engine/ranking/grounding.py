@@ -96,9 +96,10 @@ def check(
     """What is not grounded in a sentence of `section` that cites `cites`; empty when all is.
 
     Semantics:  every number, number word, date, capitalised word and known skill stands in a cited source; so does, in strict mode,
-                every other word but `PLAIN_WORDS`. A strength is grounded in the candidate's own text or in a factor that speaks
-                for them, and denies nothing that the text does not; a gap rests on a factor that speaks against them or on the
-                texts, and does not deny what the candidate's text holds. `candidate_text` is the text as reads have seen it
+                every other word but `PLAIN_WORDS`; and something of what is cited is said. A strength is grounded in the candidate's
+                own text or in a factor that speaks for them, and denies nothing that the text does not; a gap rests on a factor that
+                speaks against them or on the texts, and does not deny what the candidate's text holds. `candidate_text` is the text
+                as reads have seen it
     """
     text = unicodedata.normalize("NFKC", text)
     found = [*_form(text, section, cites)]
@@ -108,6 +109,8 @@ def check(
     said = [unicodedata.normalize("NFKC", c.text) for c in grounds]
     found += _numbers(text, said)
     found += _words(text, said, strict)
+    if not _says_something(text, grounds, said):
+        found.append(Finding("form", "says nothing"))
     found += _side(section, cites)
     found += _polarity(text, section, cites, candidate_text)
     return tuple(dict.fromkeys(found))
@@ -146,7 +149,7 @@ def _form(text: str, section: Section, cites: Sequence[Source]) -> Iterable[Find
     stripped = text.rstrip("\"')] ")
     if not SHORTEST <= len(text) <= LONGEST:
         yield Finding("form", f"{len(text)} characters")
-    if not stripped.endswith("?" if section == "questions" else (".", "!")):
+    if not stripped.endswith("?" if section == "questions" else (".", "!", "\u3002")):
         yield Finding("form", "no end")
     if section != "questions" and "?" in text:
         yield Finding("form", "a question")
@@ -191,6 +194,19 @@ def _words(text: str, said: Sequence[str], strict: bool) -> Iterable[Finding]:
             yield Finding("name", word)
         elif strict and small not in PLAIN_WORDS and _stem(small) not in stems:
             yield Finding("word", word)
+
+
+def _says_something(text: str, grounds: Sequence[Source], said: Sequence[str]) -> bool:
+    """Whether a word of substance, a number or a factor by its name comes from what is cited."""
+    words = set(words_in(text))
+    known = {word for source in said for word in words_in(source)}
+    stems = {_stem(word) for word in known}
+    if any(w not in PLAIN_WORDS and len(w) > 1 and (w in known or _stem(w) in stems) for w in words):
+        return True
+    if set(numbers_in(text)) & {value for source in said for value in numbers_in(source)}:
+        return True
+    names = [set(words_in(g.text.partition(" (")[0])) for g in grounds if g.kind == "factor"]
+    return any(name and name <= words for name in names)
 
 
 def _side(section: Section, cites: Sequence[Source]) -> Iterable[Finding]:

@@ -89,7 +89,7 @@ class Engine(EngineBase):
                     factors, each in the result's ledger, and the answer a `SurfaceAnswer` that shows ties. `job_facts` are
                     the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
         Words:      `explain="words"` with a surface (extra `words`): for the first `explain_top` results (5) the model writes an
-                    assessment of at most `explain_tokens` tokens (160), in which every sentence cites the ledger or the texts.
+                    assessment of at most `explain_tokens` tokens (96), in which every sentence cites the ledger or the texts.
                     What rules do not find in what it cites is dropped, and a sentence from the ledger stands in where a section
                     is left empty. `explain_strict=False` lets small words that no source has pass, if they are no known skill.
         Notes:      with `deliberate=N` the model first writes up to N tokens of notes about each of the first `explain_top` results

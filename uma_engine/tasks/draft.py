@@ -26,11 +26,13 @@ from uma_engine.ranking.templates import factor_source, stand_ins
 
 __all__ = ["Draft", "Sources", "schema_of"]
 
-MOST_SPANS = {"candidate": 16, "job": 10}  # that can be cited: the first ones
+MOST_SPANS = {"candidate": 10, "job": 6}  # that can be cited: the first ones
 MOST_SENTENCES: dict[Section, int] = {"strengths": 2, "gaps": 1, "questions": 1}
 MOST_CITES = 2
-SENTENCE_CHARS = 120
-PREVIEW_WORDS = 8
+# A sentence as the grammar has it: one alone, of at most some 120 characters. A dot inside stands in a word or a number; quotes and
+# escapes would need rules of their own. Too short ones are left to the judge: a grammar that asks for length is slow to close.
+SENTENCE = r'^[^"\\\x00-\x20.!?]([^"\\\x00-\x1f.!?]|[.][0-9a-z]){3,100}[%s]$'
+PREVIEW_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class Sources:
     def listed(self) -> str:
         """The sources as the prompt lists them: a name and how each begins."""
         lines = []
-        for source in (*self.candidate, *self.job, *self.factors):
+        for source in (*self.candidate, *self.job):
             words = source.text.split()
             lines.append(
-                f"{source.name}: {' '.join(words[:PREVIEW_WORDS])}{' ...' if len(words) > PREVIEW_WORDS else ''}"
+                f"{source.name}: {' '.join(words[:PREVIEW_WORDS])}{'...' if len(words) > PREVIEW_WORDS else ''}"
             )
+        for source in self.factors:
+            lines.append(f"{source.name}: {'not known' if source.value is None else f'{source.value:.2f}'}")
         return "\n".join(lines)
 
 
@@ -100,7 +104,7 @@ def _list_schema(sources: Sources, section: Section, least: int) -> dict[str, An
         "type": "object",
         "properties": {
             "cites": {"type": "array", "items": {"enum": names}, "minItems": 1, "maxItems": MOST_CITES},
-            "text": {"type": "string", "maxLength": SENTENCE_CHARS},
+            "text": {"type": "string", "pattern": SENTENCE % ("?" if section == "questions" else ".")},
         },
         "required": ["cites", "text"],
         "additionalProperties": False,

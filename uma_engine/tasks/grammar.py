@@ -23,10 +23,11 @@ MAX_SCHEMA_BYTES = 64 << 10
 MAX_DEPTH = 48  # of a schema's nesting
 MAX_CLOSING = 8192  # tokens that the shortest answer may take
 MOST_KEPT = 32  # compiled schemas
+LEAST_FORCED = 2  # tokens that are worth a step of another kind than the decodes beside it
 COMPACT = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
 # What closes an answer, best first: ends before beginnings, short values before long ones.
 STRUCTURE = '}]",:0123456789-ntfe[{'
-LETTERS = "zqabcdefghijklmopqrsuvwxyABCDEFGHIJKLMNOPQRSTUVWXYZ _/.+@"
+LETTERS = "z.?!qabcdefghijklmopqrsuvwxyABCDEFGHIJKLMNOPQRSTUVWXYZ _/.+@"
 
 
 class GrammarCompiler:
@@ -202,6 +203,27 @@ class JsonGrammar:
             raise InvariantViolation(f"token {token_id} ends the answer but the grammar does not allow it")
         return token_id
 
+    def forced(self) -> list[int]:
+        matcher = self._matcher
+        if matcher.is_error() or matcher.is_stopped():
+            return []
+        tokens: list[int] = matcher.compute_ff_tokens()
+        if not LEAST_FORCED <= len(tokens) <= self._left:
+            return []
+        taken = matcher.try_consume_tokens(tokens)
+        if taken < len(tokens):
+            matcher.rollback(taken)
+            return []
+        left = self._left - len(tokens)
+        closing = self._closing[len(tokens) :] if self._closing[: len(tokens)] == tokens else None
+        if closing is None or not self._closes(closing):
+            closing = _closing(matcher, self._closers, self._vocab_size, left)
+        if closing is None or len(closing) > left:
+            matcher.rollback(len(tokens))
+            return []
+        self._closing, self._left = closing, left
+        return tokens
+
     @property
     def finished(self) -> bool:
         return self._matcher.is_stopped() or (self._left <= 0 and self._matcher.is_accepting())
@@ -259,9 +281,9 @@ def _closer(bits: bytes, closers: tuple[tuple[int, ...], ...], vocab_size: int, 
         return bool(bits[token >> 3] >> (token & 7) & 1)
 
     inside_a_string = bool(letters) and may(letters[0])  # a z, with which no other value begins
-    if inside_a_string or quote_first:
-        structure = (*quote, *structure)
-    for token in (*structure, *letters) if not inside_a_string else (*quote, *letters, *structure):
+    ends = letters[1:] + letters[:1]  # first what may end a sentence, where a pattern asks for that
+    order = (*quote, *ends, *structure) if inside_a_string else (*(quote if quote_first else ()), *structure, *ends)
+    for token in order:
         if may(token):
             return token
     return next((token for token in range(vocab_size) if may(token)), -1)

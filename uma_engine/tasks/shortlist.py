@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 DEFAULT_TOP = 5
-DEFAULT_TOKENS = 160
+DEFAULT_TOKENS = 96
 MOST_NOTES = 4096
 EventKind = Literal["scores", "deliberated", "sentence", "answer"]
 

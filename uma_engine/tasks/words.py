@@ -32,8 +32,8 @@ __all__ = ["explained", "tails"]
 
 _MARK = "\u27e6uma-sources\u27e7"
 QUESTION = (
-    "Assess the candidate for the job as JSON: strengths, gaps and questions to ask. Each sentence names the sources that it cites and "
-    "uses their words. It says nothing that they do not say.\n\nSources:\n" + _MARK
+    "Assess the candidate as JSON: strengths, gaps, questions to ask. Each sentence cites sources and uses their words only."
+    "\n\nSources:\n" + _MARK
 )
 
 

@@ -95,6 +95,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=NUMBER",
         help="a number of the job that the surface's facts are measured against, such as budget=60; repeatable",
     )
+    rank.add_argument(
+        "--explain",
+        choices=("ledger", "words"),
+        default="ledger",
+        help="words: with --surface, an assessment of the best in sentences that cite the ledger and the texts (default: ledger)",
+    )
+    rank.add_argument(
+        "--explain-top", type=int, metavar="N", help="how many of the best are written about (default: 5)"
+    )
+    rank.add_argument(
+        "--deliberate",
+        type=int,
+        metavar="N",
+        help="write up to N tokens of notes about each of the best, then read again",
+    )
     rank.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
     rank.add_argument(
         "--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)"

@@ -13,6 +13,7 @@ from uma_engine.core import Candidate, FinishReason, SamplingParams
 from uma_engine.errors import UmaError
 
 if TYPE_CHECKING:
+    from uma_engine.ranking.assessment import Assessment
     from uma_engine.ranking.factors import Fact
     from uma_engine.ranking.surface import Read, Surface
     from uma_engine.tasks.api import AsyncEngine, Engine
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
         SurfaceResult,
         Usage,
     )
+    from uma_engine.tasks.shortlist import RankEvent
 
 __all__ = [
+    "Assessment",
     "AsyncEngine",
     "Candidate",
     "Completion",
@@ -37,6 +40,7 @@ __all__ = [
     "Fact",
     "FinishReason",
     "RankAnswer",
+    "RankEvent",
     "RankResult",
     "Read",
     "SamplingParams",
@@ -50,6 +54,8 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Assessment": "uma_engine.ranking.assessment",
+    "RankEvent": "uma_engine.tasks.shortlist",
     "AsyncEngine": "uma_engine.tasks.api",
     "Engine": "uma_engine.tasks.api",
     "Completion": "uma_engine.tasks.results",

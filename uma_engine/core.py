@@ -5,12 +5,13 @@ Knows token ids and counters; does not know text templates, tensors or who sched
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from uma_engine.errors import InvalidRequest, UmaError
 
@@ -18,6 +19,7 @@ __all__ = [
     "AdapterRef",
     "Candidate",
     "FinishReason",
+    "Grammar",
     "Request",
     "RequestKind",
     "SamplingParams",
@@ -65,7 +67,8 @@ class Candidate:
 class SamplingParams:
     """How tokens are chosen.
 
-    `temperature=0` is greedy; `top_k=0`, `top_p=1` and penalties at their neutral value are off.
+    `temperature=0` is greedy; `top_k=0`, `top_p=1` and penalties at their neutral value are off. With `json_schema` the text is
+    JSON that the schema accepts, whatever the model would rather say, and whole within `max_tokens` (extra `words`).
     """
 
     max_tokens: int = 64
@@ -80,6 +83,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    json_schema: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -114,6 +118,13 @@ class SamplingParams:
             raise _bad("stop_token_ids", self.stop_token_ids, "token ids")
         if not isinstance(self.ignore_eos, bool):
             raise _bad("ignore_eos", self.ignore_eos, "True or False")
+        if self.json_schema is not None:
+            if not isinstance(self.json_schema, Mapping):
+                raise _bad("json_schema", self.json_schema, "None or a JSON schema as a mapping")
+            try:
+                json.dumps(self.json_schema, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise InvalidRequest(f"`json_schema` is not plain JSON data: {error}", param="json_schema") from None
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -137,7 +148,7 @@ def _bad(name: str, value: object, rule: str) -> InvalidRequest:
 
 class RequestKind(Enum):
     SCORE = "score"  # prefill only: label logits at the end of every segment with `scored`
-    GENERATE = "generate"  # one segment that grows by one sampled token a step
+    GENERATE = "generate"  # a path of segments, of which the last grows by one sampled token a step
 
 
 class FinishReason(Enum):
@@ -155,6 +166,31 @@ class AdapterRef:
 
     digest: bytes  # of the adapter's weights and configuration
     slot: int  # resident position, the value in `token_lora_mapping`
+
+
+class Grammar(Protocol):
+    """What tokens may follow in one request's output: below the tasks, only this much is known of it.
+
+    Used by one thread, in the order of the output's tokens: `mask`, `accept` with the token that was drawn, `forced`. An error it
+    raises (UmaError) ends its request alone.
+    """
+
+    def mask(self) -> bytes:
+        """One bit for each token id, lowest bit of the first byte first: 1 where the token may come next. Never empty."""
+        ...
+
+    def accept(self, token_id: int) -> int:
+        """Take the token that was drawn; the token that stands: another one where the output would not end in time."""
+        ...
+
+    def forced(self) -> list[int]:
+        """Take, and return, the tokens that must come next whatever the model says; none where it has a choice. Raises nothing."""
+        ...
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is whole: nothing may follow."""
+        ...
 
 
 class Segment:
@@ -202,9 +238,9 @@ class Segment:
 class Request:
     """One unit of work in the engine: a tree of segments, scored or grown.
 
-    A SCORE request finishes when every scored segment has its logits, a GENERATE request (exactly one segment) when
-    its output ends. `cache_root` starts the hash chain of the prefix cache: a digest over base, adapter content and
-    tenant. `deadline` is in the scheduler's clock, seconds.
+    A SCORE request finishes when every scored segment has its logits, a GENERATE request (a single path of segments, of
+    which the last one grows, as its `grammar` allows) when its output ends. `cache_root` starts the hash
+    chain of the prefix cache: a digest over base, adapter content and tenant. `deadline` is in the scheduler's clock, seconds.
     """
 
     __slots__ = (
@@ -215,6 +251,7 @@ class Request:
         "core_seconds",
         "deadline",
         "gpu_seconds",
+        "grammar",
         "kind",
         "label_token_ids",
         "num_cached_tokens",
@@ -243,6 +280,7 @@ class Request:
         sampling: SamplingParams | None = None,
         stop_token_ids: frozenset[int] = frozenset(),
         deadline: float | None = None,
+        grammar: Grammar | None = None,
         user_data: Any = None,
     ) -> None:
         if not segments:
@@ -257,8 +295,12 @@ class Request:
                 parent = segments[segment.parent]
                 parent.children_left += 1
                 segment.path_offset = parent.path_offset + len(parent.token_ids)
-        if kind is RequestKind.GENERATE and (len(segments) != 1 or sampling is None):
-            raise InvalidRequest("a generate request has exactly one segment and sampling parameters")
+        if kind is RequestKind.GENERATE:
+            is_path = all(segment.parent == index - 1 for index, segment in enumerate(segments))
+            if not is_path or sampling is None or any(segment.scored for segment in segments):
+                raise InvalidRequest(
+                    "a generate request has a single path of segments, none scored, and sampling parameters"
+                )
         if kind is RequestKind.SCORE and (not label_token_ids or not any(s.scored for s in segments)):
             raise InvalidRequest("a score request has labels and at least one scored segment")
         self.request_id = request_id
@@ -270,6 +312,7 @@ class Request:
         self.sampling = sampling
         self.stop_token_ids = stop_token_ids  # end-of-sequence ids included, unless ignored
         self.deadline = deadline
+        self.grammar = grammar
         self.user_data = user_data
         self.arrival = 0.0  # set by the scheduler
         self.num_prompt_tokens = sum(len(s.token_ids) for s in segments)
@@ -279,9 +322,14 @@ class Request:
         self.attention_flops = 0  # what it cost so far; these three are set by the engine's meter
         self.core_seconds = 0.0
         self.gpu_seconds = 0.0
-        self.output_token_ids: list[int] = []  # also appended to segments[0].token_ids, which the KV cache follows
+        self.output_token_ids: list[int] = []  # also appended to the growing segment, which the KV cache follows
         self.scores_left = sum(s.scored for s in segments)
         self.scheduler_state: Any = None  # the scheduler's own
+
+    @property
+    def growing(self) -> int:
+        """The index of the segment that grows, NO_PARENT (which is none) in a SCORE request."""
+        return len(self.segments) - 1 if self.kind is RequestKind.GENERATE else NO_PARENT
 
 
 @dataclass(slots=True)

@@ -69,6 +69,13 @@ class Machine:
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
         return self.add(RequestKind.GENERATE, [Segment(ids)], adapter, sampling=sampling)
 
+    def generate_on_path(self, num_prompt: int, max_tokens: int, cut: int, **params: Any) -> Request:
+        """As `generate`, the prompt cut into two segments."""
+        ids = np.random.default_rng(num_prompt).integers(3, 400, num_prompt).tolist()
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
+        path = [Segment(ids[:cut]), Segment(ids[cut:], parent=0)]
+        return self.add(RequestKind.GENERATE, path, sampling=sampling)
+
     def run(self, steps: int = 1000) -> None:
         while steps and self.scheduler.has_unfinished():
             steps -= 1

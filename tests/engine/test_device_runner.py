@@ -81,6 +81,17 @@ def test_generated_tokens_are_those_of_the_cpu(model_dir: Path, eager: bool) -> 
     assert [len(tokens) for tokens in outputs[1]] == [8, 4, 4]
 
 
+def test_a_path_of_segments_generates_what_one_segment_does(model_dir: Path) -> None:
+    machine = make(model_dir, max_loras=0)
+    expected = machine.generate(7, 5)
+    machine.run()
+    beside, on_path = machine.generate(6, 6), machine.generate_on_path(7, 5, cut=3)
+    machine.run()
+    assert on_path.output_token_ids == expected.output_token_ids
+    assert len(beside.output_token_ids) == 6
+    assert machine.pool.num_used == 0
+
+
 def test_adapters_are_applied_and_replaced_between_replays(model_dir: Path, adapters: list[Path]) -> None:
     """Decode steps go on while an adapter is replaced: the captured graph sees the new one, other rows see nothing."""
     outputs, scores = [], []

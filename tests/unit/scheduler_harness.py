@@ -173,9 +173,17 @@ def rank_request(request_id: str, prefix: Sequence[int], leaves: Sequence[Sequen
     return score_request(request_id, tree, **options)
 
 
-def generate_request(request_id: str, prompt: Sequence[int], max_tokens: int = 4, **options: Any) -> Request:
+def generate_request(
+    request_id: str, prompt: Sequence[int], max_tokens: int = 4, cuts: Sequence[int] = (), **options: Any
+) -> Request:
+    """`cuts`: where the prompt is cut into the segments of a path."""
     options.setdefault("sampling", SamplingParams(max_tokens=max_tokens))
-    return Request(request_id, RequestKind.GENERATE, [Segment(list(prompt))], **options)
+    ends = [*sorted({cut for cut in cuts if 0 < cut < len(prompt)}), len(prompt)]
+    path, start = [], 0
+    for end in ends:
+        path.append(Segment(list(prompt[start:end]), parent=len(path) - 1))
+        start = end
+    return Request(request_id, RequestKind.GENERATE, path, **options)
 
 
 class Engine:

@@ -15,7 +15,16 @@ from scheduler_harness import (
     score_request,
 )
 
-from uma_engine.core import NO_PARENT, FinishReason, SamplingParams, SchedulerOutput, StepResult
+from uma_engine.core import (
+    NO_PARENT,
+    FinishReason,
+    Request,
+    RequestKind,
+    SamplingParams,
+    SchedulerOutput,
+    Segment,
+    StepResult,
+)
 from uma_engine.errors import InvalidRequest, InvariantViolation, Overloaded, TooLarge
 from uma_engine.scheduler import Finished, ScoreReady, TokenReady
 
@@ -160,6 +169,40 @@ def test_a_prompt_is_prefilled_in_chunks_then_grows_by_one_token_a_step():
     assert [e.finish_reason for e in tokens] == [None] * 4 + [FinishReason.LENGTH]
     assert request.output_token_ids == request.segments[0].token_ids[18:]
     assert ends(outputs, events) == {"g": FinishReason.LENGTH}
+
+
+def test_the_last_segment_of_a_path_grows_and_the_ones_above_are_reused_whole():
+    engine = Engine(max_num_batched_tokens=8)
+    ranked = rank_request("r", [1, 2, 3, 4, 5, 6], [[7], [8]])
+    request = generate_request("g", [1, 2, 3, 4, 5, 6, 9, 10, 11], max_tokens=5, cuts=(6,))
+    engine.add(ranked)
+    engine.drain()
+    engine.add(request)
+    _, events = engine.drain()
+    tokens = [e.token_id for e in events if isinstance(e, TokenReady)]
+    assert tokens == expected_tokens([1, 2, 3, 4, 5, 6, 9, 10, 11], request.sampling)
+    assert request.segments[0].num_cached_tokens == 6, "the partly filled tail block included"
+    assert request.segments[1].token_ids == [9, 10, 11, *tokens]
+    assert request.segments[0].token_ids == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("parents", [(-1, -1), (-1, 0, 0)])
+def test_a_generate_request_that_is_no_path_is_refused(parents):
+    with pytest.raises(InvalidRequest, match="single path"):
+        Request(
+            "g",
+            RequestKind.GENERATE,
+            [Segment([1], parent=parent) for parent in parents],
+            sampling=SamplingParams(),
+        )
+
+
+def test_the_output_counts_for_the_last_segment_alone():
+    engine = Engine(num_blocks=8, block_size=4, max_model_len=20)
+    engine.add(generate_request("fits", [1] * 10, max_tokens=10, cuts=(3, 6)))
+    with pytest.raises(TooLarge, match="ends at 21 tokens with its output"):
+        engine.add(generate_request("long", [1] * 10, max_tokens=11, cuts=(3, 6)))
+    engine.drain()
 
 
 @pytest.mark.parametrize("where", ["request", "sampling"])

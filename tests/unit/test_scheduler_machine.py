@@ -82,13 +82,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         due = None if deadline is None else self.engine.now + deadline
         self._submit(score_request(self._next_id(), tree, cache_root=root, deadline=due))
 
-    @rule(prompt=tokens, max_tokens=st.integers(1, 12), stop=st.integers(0, 49), root=roots, deadline=deadlines)
-    def submit_prompt(self, prompt, max_tokens, stop, root, deadline):
+    @rule(
+        prompt=tokens,
+        cuts=st.sets(st.integers(1, 11), max_size=4),
+        max_tokens=st.integers(1, 12),
+        stop=st.integers(0, 49),
+        root=roots,
+        deadline=deadlines,
+    )
+    def submit_prompt(self, prompt, cuts, max_tokens, stop, root, deadline):
         due = None if deadline is None else self.engine.now + deadline
         name = self._next_id()
         self.prompts[name] = prompt
         stops = frozenset([stop])
-        self._submit(generate_request(name, prompt, max_tokens, stop_token_ids=stops, cache_root=root, deadline=due))
+        request = generate_request(
+            name, prompt, max_tokens, sorted(cuts), stop_token_ids=stops, cache_root=root, deadline=due
+        )
+        self._submit(request)
 
     @precondition(lambda self: self.in_flight is None)
     @rule()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from uma_engine._version import __version__
 from uma_engine.catalog import DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
+from uma_engine.cli.index import add_commands as add_index_commands
 from uma_engine.cli.record import add_commands as add_record_commands
 from uma_engine.config import DEVICES, DTYPES, LOG_CONTENTS, PRECISIONS
 from uma_engine.errors import UmaError
@@ -103,6 +104,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME=NUMBER",
         help="a number of the job that the surface's facts are measured against, such as budget=60; repeatable",
     )
+    rank.add_argument(
+        "--explain",
+        choices=("ledger", "words"),
+        default="ledger",
+        help="words: with --surface, an assessment of the best in sentences that cite the ledger and the texts (default: ledger)",
+    )
+    rank.add_argument(
+        "--explain-top", type=int, metavar="N", help="how many of the best are written about (default: 5)"
+    )
+    rank.add_argument(
+        "--deliberate",
+        type=int,
+        metavar="N",
+        help="write up to N tokens of notes about each of the best, then read again",
+    )
+    rank.add_argument(
+        "--cascade",
+        metavar="FILE",
+        help="bounds of `Engine.fit_cascade`: read to the end only who can still reach the top",
+    )
+    rank.add_argument("--budget", type=int, metavar="N", help="with --cascade: compute at most N tokens")
     rank.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
     rank.add_argument(
         "--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)"
@@ -138,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.set_defaults(run=_lazy("replay"))
 
     add_record_commands(commands)
+    add_index_commands(commands, _model_options)
 
     bench = commands.add_parser("bench", help="how fast this machine ranks, and where the time goes")
     bench.add_argument("--candidates", type=int, default=64, metavar="N", help="candidates of one job (default: 64)")
@@ -150,6 +173,27 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     _model_options(bench)
     bench.set_defaults(run=_lazy("bench"))
+
+    serve = commands.add_parser("serve", help="answer over HTTP")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
+    serve.add_argument(
+        "--keys", metavar="FILE", help="API keys, a line each: NAME, `rank` or `admin`, SECRET (or UMA_API_KEYS)"
+    )
+    serve.add_argument(
+        "--adapter-root", metavar="DIR", help="adapters may be loaded from below this directory over HTTP"
+    )
+    serve.add_argument(
+        "--alias", action="append", default=[], metavar="NAME", help="another name of the base; repeatable"
+    )
+    serve.add_argument("--max-body-mb", type=float, default=8, metavar="N", help="largest request (default: 8)")
+    serve.add_argument("--deadline", type=float, default=120, metavar="S", help="seconds of a request (default: 120)")
+    serve.add_argument(
+        "--check", action="store_true", help="say what is wrong with the configuration, and do not start"
+    )
+    serve.add_argument("--log", metavar="FILE", help="keep every ranking in this decision log")
+    _model_options(serve)
+    serve.set_defaults(run=_lazy("serve"))
 
     export = commands.add_parser("export", help="write a model as an ONNX graph that gives label logits")
     export.add_argument(

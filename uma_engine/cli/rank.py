@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from uma_engine.cli.console import console_output, open_engine, printable, write_json_line
 from uma_engine.cli.ledger import show_ledger
+from uma_engine.cli.words import show_shortlist
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.ranking.surface import Surface
@@ -55,6 +56,11 @@ def run(args: argparse.Namespace) -> int:
             deadline=args.deadline,
             surface=surface,
             job_facts=job_facts,
+            explain=args.explain,
+            explain_top=args.explain_top,
+            deliberate=args.deliberate,
+            cascade=args.cascade,
+            budget=args.budget,
         )
     try:  # neither a full disk nor a reader that left may cost the other half of the answer
         if args.json:
@@ -106,6 +112,7 @@ def show(
         console.print(table)
         if not reasons_fit:
             console.print(Text("the numbers behind the scores need a wider terminal, or `--json`", style="dim"))
+    show_shortlist(console, answer)
     for warning in answer.warnings:
         console.print(Text(f"! {warning}", style="yellow"))
     console.print(Text(_cost(answer, load_seconds), style="bold"))

@@ -11,7 +11,9 @@ from typing import Any
 from uma_engine.cli.console import open_engine, write_line
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
+from uma_engine.tasks.cascade import recorded_cascade
 from uma_engine.tasks.records import SURFACE_FORMAT, checked_record, differences, read_record
+from uma_engine.tasks.shortlist import recorded_wishes
 
 SQLITE = b"SQLite format 3\0"
 
@@ -125,6 +127,8 @@ def _again(
     asked = {
         "instruction": options["instruction"],
         "max_tokens_per_candidate": options["max_tokens_per_candidate"],
+        **recorded_wishes(options),
+        **recorded_cascade(options),
     }
     if record["format"] == SURFACE_FORMAT:
         # The surface names its reads' adapters; each is loaded from where it was under the name it had.

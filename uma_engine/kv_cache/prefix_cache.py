@@ -12,7 +12,7 @@ from __future__ import annotations
 from array import array
 from hashlib import blake2b
 
-from uma_engine.core import NO_PARENT, Request, RequestKind, Segment
+from uma_engine.core import NO_PARENT, Request, Segment
 from uma_engine.errors import InvalidRequest
 from uma_engine.kv_cache.block_pool import BlockPool
 
@@ -66,7 +66,7 @@ class PrefixCache:
             tokens = token_ids[start : start + block_size]
             if len(tokens) == block_size:
                 previous = _hash(BLOCK + previous + encode_tokens(tokens))
-            elif request.kind is RequestKind.SCORE:
+            elif index != request.growing:
                 previous = _hash(TAIL + previous + encode_tokens(tokens))
             else:
                 break
@@ -103,7 +103,7 @@ class PrefixCache:
         block_size = self.pool.block_size
         first = start // block_size
         last = end // block_size  # exclusive
-        if end == len(segment.token_ids) and end % block_size and request.kind is RequestKind.SCORE:
+        if end == len(segment.token_ids) and end % block_size and index != request.growing:
             last += 1  # the tail of a segment that cannot grow is as good as full
         if first < last:
             keys = self.keys(request, index, last)

@@ -26,8 +26,8 @@ Layers = Callable[[BatchInput, KVCacheTensors, Adapters | None], torch.Tensor]
 class TapedDecode:
     """Plays what a model does with a step that is decodes alone. One thread calls it.
 
-    A tape belongs to a number of rows, to which adapter each of them has, and to one KV cache; it reads a step's tensors
-    from buffers of its own. All are forgotten when another KV cache comes or an adapter's place has changed.
+    A tape belongs to a number of rows, to their tables' block size, to which adapter each row has, and to one KV cache;
+    it reads a step's tensors from buffers of its own. All are forgotten when another KV cache comes or an adapter's place has changed.
     """
 
     def __init__(self, max_positions: int) -> None:
@@ -56,7 +56,7 @@ class TapedDecode:
         if kv is not self._kv or version != self._adapters_version:
             self._tapes.clear()
             self._kv, self._adapters_version = kv, version
-        key: Hashable = batch.num_decodes
+        key: Hashable = (batch.num_decodes, batch.decode.block_size if batch.decode else 0)
         if isinstance(routing, LoraRouting):
             key = (key, routing.slots, routing.order.numpy().tobytes(), routing.offsets.numpy().tobytes())
         recorded = self._tapes.get(key)

@@ -391,6 +391,7 @@ def _group_outputs(chunks: Sequence[ScheduledChunk]) -> dict[tuple[int, ...] | N
 
 def _takes_likeliest(chunk: ScheduledChunk) -> bool:
     params = sampling_of(chunk)
+    assert chunk.request.grammar is None  # the tasks refuse it on a device
     return params.temperature == 0 and not penalised(params)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from uma_engine.config import EngineConfig, ModelConfig
@@ -19,7 +20,7 @@ from uma_engine.runner.prepare import prepare
 from uma_kernels import dispatch
 from uma_kernels.sampling import SamplingBatch, sample
 
-__all__ = ["Model", "ModelRunner", "not_finite", "penalised", "sample_tokens", "sampling_of"]
+__all__ = ["Model", "ModelRunner", "draw_tokens", "not_finite", "penalised", "sample_tokens", "sampling_of"]
 
 
 class Model(Protocol):
@@ -79,19 +80,60 @@ class ModelRunner:
                 results[row] = values if finite else not_finite(step.output_chunks[row])
         if generate_rows:
             wanted = hidden if len(generate_rows) == len(hidden) else hidden[generate_rows]
-            logits = self._model.logits(wanted)
-            finite_rows = _finite_rows(logits)
-            for place, finite in enumerate(finite_rows):
-                if not finite:
-                    logits[place] = 0  # sampled like the others, then thrown away
-            tokens = sample_tokens(logits, [step.output_chunks[row] for row in generate_rows]).tolist()
-            for row, token, finite in zip(generate_rows, tokens, finite_rows, strict=True):
-                results[row] = token if finite else not_finite(step.output_chunks[row])
+            chunks = [step.output_chunks[row] for row in generate_rows]
+            for row, drawn in zip(generate_rows, draw_tokens(self._model.logits(wanted), chunks), strict=True):
+                results[row] = drawn
         return StepResult(results)
 
 
-def sample_tokens(logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
-    """One token for each row of logits [B, V] fp32, by the chunks' sampling parameters: [B] int64.
+def draw_tokens(logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> list[int | UmaError]:
+    """The token of each row of logits [B, V], in place of it the error that ends its request: logits that are not finite, a
+    grammar that failed. Rows without a grammar have the bits that they have without such neighbours.
+    """
+    failed: dict[int, UmaError] = {
+        place: not_finite(chunks[place]) for place, finite in enumerate(_finite_rows(logits)) if not finite
+    }
+    mask: torch.Tensor | None = None
+    for place, chunk in enumerate(chunks):
+        grammar = chunk.request.grammar
+        if grammar is None or place in failed:
+            continue
+        try:
+            allowed = _unpacked(grammar.mask(), logits.shape[1])
+        except UmaError as error:
+            failed[place] = error
+            continue
+        if mask is None:
+            mask = torch.ones(logits.shape, dtype=torch.bool)
+        mask[place] = allowed
+    for place in failed:
+        logits[place] = 0  # sampled like the others, then thrown away
+    tokens: list[int] = sample_tokens(logits, chunks, mask).tolist()
+    found: list[int | UmaError] = list(tokens)
+    for place, (chunk, token) in enumerate(zip(chunks, tokens, strict=True)):
+        if place in failed:
+            found[place] = failed[place]
+        elif (grammar := chunk.request.grammar) is not None:
+            try:
+                found[place] = grammar.accept(token)
+            except UmaError as error:
+                found[place] = error
+    return found
+
+
+def _unpacked(bits: bytes, vocabulary: int) -> torch.Tensor:
+    """A grammar's mask as [V] bool; ids beyond its end are not allowed."""
+    allowed = np.zeros(vocabulary, np.bool_)
+    known = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:vocabulary]
+    allowed[: len(known)] = known
+    return torch.from_numpy(allowed)
+
+
+def sample_tokens(
+    logits: torch.Tensor, chunks: Sequence[ScheduledChunk], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """One token for each row of logits [B, V] fp32, by the chunks' sampling parameters, of those that `mask` [B, V] allows:
+    [B] int64.
 
     Rows of a device are drawn on the host where the op has no kernel for the device.
     """
@@ -120,7 +162,7 @@ def sample_tokens(logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> tor
     on_device = [None if c is None else (c[0].to(device), c[1].to(device)) for c in counts]
     forced = dispatch.forced_backend()
     with dispatch.use_backend(forced if forced in backends else None):
-        return sample(logits, batch, on_device, None)
+        return sample(logits, batch, on_device, None if mask is None else mask.to(device))
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:
@@ -151,7 +193,7 @@ def penalised(p: SamplingParams) -> bool:
 
 def _token_counts(chunk: ScheduledChunk) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids seen so far with how often each was *generated*: a prompt's token counts 0, which only the repetition penalty minds."""
-    counts = dict.fromkeys(chunk.segment.token_ids, 0)
+    counts = dict.fromkeys((token for segment in chunk.request.segments for token in segment.token_ids), 0)
     for token in chunk.request.output_token_ids:
         counts[token] += 1
     return torch.tensor(list(counts), dtype=torch.int64), torch.tensor(list(counts.values()), dtype=torch.int32)

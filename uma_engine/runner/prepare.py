@@ -28,8 +28,8 @@ class StepArrays:
     """One step as arrays of the host; the names are those of `BatchInput`.
 
     Shapes:  input_ids, positions [T] int64 . slot_mapping, lora_slots [T] int32 . output_rows [R] int64 . block_table
-             [B, M], context_lens [B] int32 for the first B rows . contexts: slots of each chunk after those, and
-             last_contexts of each output row
+             [B, M], context_lens [B] int32 for the first B rows, in blocks of `table_block_size` (None: the cache's) .
+             contexts: slots of each chunk after those, and last_contexts of each output row
     """
 
     input_ids: np.ndarray
@@ -43,6 +43,7 @@ class StepArrays:
     contexts: list[np.ndarray]
     last_contexts: list[np.ndarray]
     output_chunks: list[ScheduledChunk]
+    table_block_size: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -70,12 +71,13 @@ def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> Prep
 
     Decode rows come first (the scheduler puts them there); every other chunk attends through its path of slots.
     """
-    a = lay_out(output, block_size)
+    a = lay_out(output, block_size, decode_paths=True)
     lora_slots = torch.from_numpy(a.lora_slots)
     output_rows = torch.from_numpy(a.output_rows)
     decode, routing, output_routing = None, None, None
     if a.num_decodes:
-        decode = DecodeBatch(torch.from_numpy(a.block_table), torch.from_numpy(a.context_lens), block_size)
+        size = a.table_block_size or block_size
+        decode = DecodeBatch(torch.from_numpy(a.block_table), torch.from_numpy(a.context_lens), size)
     if a.has_adapters:
         routing = LoraRouting.build(lora_slots, max_loras)
         output_routing = LoraRouting.build(lora_slots[output_rows], max_loras)
@@ -93,10 +95,15 @@ def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> Prep
     return PreparedStep(batch, a.output_chunks)
 
 
-def lay_out(output: SchedulerOutput, block_size: int) -> StepArrays:
-    """The arrays of one step, rows in the order of its chunks."""
+def lay_out(output: SchedulerOutput, block_size: int, *, decode_paths: bool = False) -> StepArrays:
+    """The arrays of one step, rows in the order of its chunks.
+
+    The tail block of a segment may be partly filled, so a sequence that grows at the end of a path does not lie in whole
+    blocks. `decode_paths`: it is a decode all the same, the tables of all decodes then naming single slots; else its tokens are
+    chunks among the others.
+    """
     chunks = output.chunks
-    num_decodes = leading_decodes(chunks)
+    num_decodes = leading_decodes(chunks, decode_paths)
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
     input_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int64)
@@ -140,10 +147,14 @@ def lay_out(output: SchedulerOutput, block_size: int) -> StepArrays:
             last_contexts.append(context)
         row += n
 
-    tables = [chunk.segment.block_ids for chunk in chunks[:num_decodes]]
+    decodes = chunks[:num_decodes]
+    by_slot = any(chunk.segment.parent != NO_PARENT for chunk in decodes)
+    tables: list[np.ndarray] = [
+        paths.whole(chunk) if by_slot else np.asarray(chunk.segment.block_ids, np.int32) for chunk in decodes
+    ]
     block_table = np.zeros((num_decodes, max(map(len, tables), default=0)), np.int32)
-    for i, table in enumerate(tables):
-        block_table[i, : len(table)] = table
+    for row_table, table in zip(block_table, tables, strict=True):
+        row_table[: len(table)] = table
     return StepArrays(
         input_ids=input_ids,
         positions=positions,
@@ -151,19 +162,24 @@ def lay_out(output: SchedulerOutput, block_size: int) -> StepArrays:
         lora_slots=lora_slots,
         output_rows=np.array(output_rows, np.int64),
         block_table=block_table,
-        context_lens=np.array([chunk.start + 1 for chunk in chunks[:num_decodes]], np.int32),
+        context_lens=np.array([c.segment.path_offset + c.start + 1 for c in decodes], np.int32),
         query_lens=[chunk.num_tokens for chunk in chunks[num_decodes:]],
         contexts=contexts,
         last_contexts=last_contexts,
         output_chunks=output_chunks,
+        table_block_size=1 if by_slot else None,
     )
 
 
-def leading_decodes(chunks: Sequence[ScheduledChunk]) -> int:
-    """How many chunks, from the first on, are single tokens that end a generated sequence."""
+def leading_decodes(chunks: Sequence[ScheduledChunk], decode_paths: bool = False) -> int:
+    """How many chunks, from the first on, are single tokens that end a generated sequence: one without ancestors, unless
+    `decode_paths`.
+    """
     count = 0
     for chunk in chunks:
         if chunk.request.kind is not RequestKind.GENERATE or chunk.num_tokens != 1 or not chunk.wants_output:
+            break
+        if not decode_paths and chunk.segment.parent != NO_PARENT:
             break
         count += 1
     return count
@@ -198,6 +214,12 @@ class _Paths:
     def slots_of(self, block_ids: list[int], num_tokens: int) -> np.ndarray:
         blocks = np.asarray(block_ids, np.int32)[: -(-num_tokens // self._block_size)]
         return (blocks[:, None] * self._block_size + self._offsets).reshape(-1)[:num_tokens]
+
+    def whole(self, chunk: ScheduledChunk) -> np.ndarray:
+        """Slots of every token down to the chunk's last one, in path order."""
+        above = self.ancestors(chunk.request, chunk.segment_index)
+        own = self.slots_of(chunk.segment.block_ids, chunk.start + chunk.num_tokens)
+        return np.concatenate((above, own)) if len(above) else own
 
     def ancestors(self, request: Request, segment_index: int) -> np.ndarray:
         """Slots of every token above the segment, in path order."""

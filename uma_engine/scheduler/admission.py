@@ -21,13 +21,14 @@ def mark_and_check_segments(request: Request, config: EngineConfig, pool: BlockP
     Errors: TooLarge; InvalidRequest when a token id is no 32-bit integer.
     """
     generates = request.kind is RequestKind.GENERATE
-    max_tokens = request.sampling.max_tokens if generates and request.sampling is not None else 0
     path_blocks: list[int] = []  # up to and with each segment
     for index, segment in enumerate(request.segments):
         num_tokens = len(segment.token_ids)
+        grows = index == request.growing
+        max_tokens = request.sampling.max_tokens if grows and request.sampling is not None else 0
         path_tokens = segment.path_offset + num_tokens + max_tokens
         if path_tokens > max_model_len:
-            what = "with its output" if generates else "from the root"
+            what = "with its output" if grows else "from the root"
             raise TooLarge(
                 f"segment {index} ends at {path_tokens} tokens {what} but `max_model_len` is {max_model_len}",
                 hint="shorten the text, ask for fewer tokens, or raise `max_model_len` if the model allows it",

@@ -185,20 +185,30 @@ class Scheduler:
         self._in_flight = None
 
     def _accept_token(self, state: RequestState, token_id: int, events: list[Event]) -> None:
-        request = state.request
+        """Take a drawn token, and with it those that the request's grammar leaves no choice about: the next step computes them
+        together, as it would a prompt."""
+        request, grammar = state.request, state.request.grammar
         assert request.sampling is not None
-        request.output_token_ids.append(token_id)
-        request.segments[0].token_ids.append(token_id)
-        if token_id in state.stop_token_ids:
-            reason = FinishReason.STOP
-        elif len(request.output_token_ids) >= request.sampling.max_tokens:  # within the model length: see admission
-            reason = FinishReason.LENGTH
-        else:
-            state.decoding = True
-            events.append(TokenReady(request, token_id))
-            return
-        events.append(TokenReady(request, token_id, reason))
-        self._report_end(state, reason, events)
+        token_ids = [token_id]
+        if grammar is not None and not grammar.finished:
+            token_ids += grammar.forced()
+        reason: FinishReason | None = None
+        for position, token in enumerate(token_ids, start=1):
+            request.output_token_ids.append(token)
+            request.segments[-1].token_ids.append(token)
+            if token in state.stop_token_ids or (
+                grammar is not None and grammar.finished and position == len(token_ids)
+            ):
+                reason = FinishReason.STOP
+            elif len(request.output_token_ids) >= request.sampling.max_tokens:  # within the model length: see admission
+                reason = FinishReason.LENGTH
+            events.append(TokenReady(request, token, reason))
+            if reason is not None:
+                self._report_end(state, reason, events)
+                return
+        state.decoding = len(token_ids) == 1
+        if not state.decoding:
+            state.ready.append(request.growing)
 
     # ---- ends ----
 

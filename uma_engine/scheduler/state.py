@@ -82,7 +82,7 @@ class RequestState:
     def needs_output(self, index: int) -> bool:
         """Whether the last token of a segment must still be run for its output."""
         if self.request.kind is RequestKind.GENERATE:
-            return True
+            return index == self.request.growing
         return self.request.segments[index].scored and index not in self.delivered
 
     def finish_segment(self, index: int, pool: BlockPool) -> None:

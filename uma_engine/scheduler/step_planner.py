@@ -96,14 +96,14 @@ class StepPlanner:
                 continue
             if self._tokens_left <= 0:
                 return
-            request = state.request
-            segment = request.segments[0]
+            request, index = state.request, state.request.growing
+            segment = request.segments[index]
             start = segment.num_computed_tokens
-            if start == len(segment.block_ids) * block_size and not self._take_blocks(state, 0, 1):
+            if start == len(segment.block_ids) * block_size and not self._take_blocks(state, index, 1):
                 continue
             state.last_step = self.step
             self._tokens_left -= 1
-            self._chunks.append(ScheduledChunk(request, 0, start, 1, True))
+            self._chunks.append(ScheduledChunk(request, index, start, 1, True))
 
     def _schedule_prefills(self) -> None:
         active = [state for state in self.running if state.ready]

@@ -9,24 +9,31 @@ import asyncio
 import queue
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from uma_engine.core import AdapterRef, Candidate, SamplingParams
 from uma_engine.errors import UmaError
+from uma_engine.ranking.bounds import Bounds
 from uma_engine.ranking.calibration import Calibration, Method
 from uma_engine.ranking.surface import Surface
 from uma_engine.tasks.audit import AsyncAudit, Audit
 from uma_engine.tasks.base import EngineBase
 from uma_engine.tasks.calibrate import calibrate
 from uma_engine.tasks.calls import Call
+from uma_engine.tasks.cascade import fit_plan
 from uma_engine.tasks.decisions import ForgetsPeople, ForgetsTexts, close_log, forget, logged
+from uma_engine.tasks.match import FirstStage, MatchAnswer, match_plan
 from uma_engine.tasks.plan import finish, prepared, run, run_async
+from uma_engine.tasks.plan_stream import stream, stream_async
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, Score
+from uma_engine.tasks.shortlist import RankEvent, stream_plan
 
 if TYPE_CHECKING:
     from uma_engine.decision_log import Forgotten
 
 __all__ = ["AsyncEngine", "Engine"]
+
+Explain = Literal["ledger", "words"]
 
 
 class Engine(EngineBase):
@@ -74,6 +81,13 @@ class Engine(EngineBase):
         tenant: str = "",
         surface: Surface | Mapping[str, Any] | str | Path | None = None,
         job_facts: Mapping[str, Any] | None = None,
+        explain: Explain = "ledger",
+        explain_top: int | None = None,
+        explain_tokens: int | None = None,
+        explain_strict: bool = True,
+        deliberate: int | None = None,
+        cascade: Bounds | Mapping[str, Any] | str | Path | None = None,
+        budget: int | None = None,
     ) -> RankAnswer:
         """Rank candidates for a job.
 
@@ -84,7 +98,17 @@ class Engine(EngineBase):
         Surface:    with `surface` (a `Surface`, its plain data or its TOML file) the score is the declared aggregate of declared
                     factors, each in the result's ledger, and the answer a `SurfaceAnswer` that shows ties. `job_facts` are
                     the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
-        Numerics:   the same bits alone, in any batch, in any order, cached or not.
+        Words:      `explain="words"` with a surface (extra `words`): for the first `explain_top` results (5) the model writes an
+                    assessment of at most `explain_tokens` tokens (96), in which every sentence cites the ledger or the texts.
+                    What rules do not find in what it cites is dropped, and a sentence from the ledger stands in where a section
+                    is left empty. `explain_strict=False` lets small words that no source has pass, if they are no known skill.
+        Notes:      with `deliberate=N` the model first writes up to N tokens of notes about each of the first `explain_top` results
+                    and the probes are read again after them. These results are put in order anew, the others stay behind them;
+                    `answer.deliberation` has the notes and what they changed, `answer.usage.stages` what each stage cost.
+        Cascade:    with `cascade` (bounds of `fit_cascade`, or their file) everybody is read for a few tokens, and to the end only who
+                    can still be among the `top_n` (10). `deadline`, and `budget` in computed tokens, then end the ranking with
+                    the best answer so far; `answer.cascade` says who was read how far, and who not at all.
+        Numerics:   the same bits alone, in any batch, in any order, cached or not; words and notes are greedy.
         Errors:     InvalidRequest (empty query, labels of several tokens, duplicate ids, a non-finite fact), SurfaceError,
                     UnknownAdapter, TooLarge, Overloaded, DeadlineExceeded (`deadline` in seconds from now), EngineUnavailable
                     (also where a decision log is kept and cannot take the record: then there is no answer).
@@ -101,6 +125,13 @@ class Engine(EngineBase):
             tenant=tenant,
             surface=surface,
             job_facts=job_facts,
+            explain=explain,
+            explain_top=explain_top,
+            explain_tokens=explain_tokens,
+            explain_strict=explain_strict,
+            deliberate=deliberate,
+            cascade=cascade,
+            budget=budget,
         )
         return run(logged(plan, self._log, tenant))
 
@@ -119,6 +150,61 @@ class Engine(EngineBase):
         `DecisionLog.forget`; EngineUnavailable where something may still be there
         """
         return forget(self, candidate_id, tenant, texts, also)
+
+    def rank_stream(self, query: str, candidates: Iterable[Candidate | str], **options: Any) -> Iterator[RankEvent]:
+        """`rank` as events: scores and order first, then each grounded sentence as it is written, the whole answer last.
+
+        `options` are those of `rank`. Nothing is computed before the first event is asked for; closing the iterator cancels what is
+        left. Only sentences that were found grounded are ever shown. Errors as in `rank`, from the iterator.
+        """
+        self._check_open()
+        return stream(stream_plan(self, query, candidates, options), _whole)
+
+    def fit_cascade(
+        self,
+        jobs: Iterable[tuple[str, Sequence[Candidate | str]]],
+        *,
+        prefix_tokens: int = 48,
+        confidence: float = 0.95,
+        save_to: str | Path | None = None,
+        **options: Any,
+    ) -> Bounds:
+        """Bounds for `rank(..., cascade=)`: how far the score of a candidate's first tokens lies from the whole score, over jobs with
+        candidates like those to come. `options` are those of `rank` that decide a score: `adapter`, `instruction`, `labels`.
+
+        Errors:     as `rank`, and InvalidRequest for fewer candidates than the confidence needs
+        """
+        self._check_open()
+        bounds = run(fit_plan(self, jobs, prefix_tokens, confidence, options))
+        if save_to is not None:
+            bounds.save(save_to)
+        return bounds
+
+    def match(
+        self,
+        job: str,
+        index: FirstStage,
+        top_n: int | None = 10,
+        *,
+        first: int | None = None,
+        recall: float | None = None,
+        where: Mapping[str, Any] | None = None,
+        tenant: str = "",
+        **options: Any,
+    ) -> MatchAnswer:
+        """Find and rank: the `first` best of an index (100 unless told otherwise, or the least cut whose measured recall reaches
+        `recall`) that pass `where`, ranked by the language model.
+
+        `index` is a `uma_engine.retrieval.CandidateIndex` or anything with its `search`; `options` are those of `rank`. The answer's
+        `cut` says how many were considered, filtered out and cut, and how many good ones such a cut loses, where that was measured.
+
+        Errors:     as `rank`, and InvalidRequest for filters on fields that nobody has, or a recall that no measured cut reaches
+        """
+        self._check_open()
+        options = {"top_n": top_n, **options}
+        return run(
+            match_plan(self, job, index, first=first, recall=recall, where=where, tenant=tenant, options=options)
+        )
 
     def calibrate(
         self,
@@ -202,6 +288,10 @@ class Engine(EngineBase):
         return _Stream(call, pieces)
 
 
+def _whole(answer: RankAnswer) -> RankEvent:
+    return RankEvent("answer", answer)
+
+
 class _Stream(Iterator[CompletionChunk]):
     """Pieces of a call that runs already. Leaving early cancels it: by `close`, by the end of a `with`, or by forgetting it."""
 
@@ -281,6 +371,13 @@ class AsyncEngine(EngineBase):
         tenant: str = "",
         surface: Surface | Mapping[str, Any] | str | Path | None = None,
         job_facts: Mapping[str, Any] | None = None,
+        explain: Explain = "ledger",
+        explain_top: int | None = None,
+        explain_tokens: int | None = None,
+        explain_strict: bool = True,
+        deliberate: int | None = None,
+        cascade: Bounds | Mapping[str, Any] | str | Path | None = None,
+        budget: int | None = None,
     ) -> RankAnswer:
         """As `Engine.rank`."""
         plan = self._rank_plan(
@@ -295,6 +392,13 @@ class AsyncEngine(EngineBase):
             tenant=tenant,
             surface=surface,
             job_facts=job_facts,
+            explain=explain,
+            explain_top=explain_top,
+            explain_tokens=explain_tokens,
+            explain_strict=explain_strict,
+            deliberate=deliberate,
+            cascade=cascade,
+            budget=budget,
         )
         return await run_async(logged(plan, self._log, tenant))
 
@@ -314,6 +418,40 @@ class AsyncEngine(EngineBase):
         """As `Engine.forget`."""
         return await asyncio.to_thread(forget, self, candidate_id, tenant, texts, also)
 
+    async def fit_cascade(
+        self,
+        jobs: Iterable[tuple[str, Sequence[Candidate | str]]],
+        *,
+        prefix_tokens: int = 48,
+        confidence: float = 0.95,
+        save_to: str | Path | None = None,
+        **options: Any,
+    ) -> Bounds:
+        """As `Engine.fit_cascade`."""
+        self._check_open()
+        bounds = await run_async(fit_plan(self, jobs, prefix_tokens, confidence, options))
+        if save_to is not None:
+            bounds.save(save_to)
+        return bounds
+
+    async def match(
+        self,
+        job: str,
+        index: FirstStage,
+        top_n: int | None = 10,
+        *,
+        first: int | None = None,
+        recall: float | None = None,
+        where: Mapping[str, Any] | None = None,
+        tenant: str = "",
+        **options: Any,
+    ) -> MatchAnswer:
+        """As `Engine.match`."""
+        self._check_open()
+        options = {"top_n": top_n, **options}
+        plan = match_plan(self, job, index, first=first, recall=recall, where=where, tenant=tenant, options=options)
+        return await run_async(plan)
+
     async def calibrate(
         self,
         surface: Surface | Mapping[str, Any] | str | Path,
@@ -326,6 +464,13 @@ class AsyncEngine(EngineBase):
     ) -> Calibration:
         """As `Engine.calibrate`."""
         return await run_async(calibrate(self, surface, read, examples, method, adapter, save_to))
+
+    def rank_stream(
+        self, query: str, candidates: Iterable[Candidate | str], **options: Any
+    ) -> AsyncIterator[RankEvent]:
+        """As `Engine.rank_stream`: an asynchronous iterator."""
+        self._check_open()
+        return stream_async(stream_plan(self, query, candidates, options), _whole)
 
     async def score(
         self,

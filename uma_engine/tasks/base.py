@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uma_engine._version import __version__
-from uma_engine.catalog.chat_template import FieldPiece, split_template
 from uma_engine.catalog.tokenizer import IncrementalDecoder
 from uma_engine.config import EngineConfig
 from uma_engine.core import (
@@ -31,11 +30,14 @@ from uma_engine.ranking.surface import DEFAULT_PROBE, Surface, question_of
 from uma_engine.tasks import rank as ranking
 from uma_engine.tasks.arguments import check_count, check_list, check_text
 from uma_engine.tasks.calls import Call, CallSink, ScoreSink, end_futures
+from uma_engine.tasks.cascade import ranked_plan
 from uma_engine.tasks.decisions import close_log, open_log
-from uma_engine.tasks.generate import TextSink, with_seed
+from uma_engine.tasks.generate import TextSink, chat_ids, with_seed
+from uma_engine.tasks.grammar import GrammarCompiler, JsonGrammar
 from uma_engine.tasks.plan import Plan
 from uma_engine.tasks.records import make_record
 from uma_engine.tasks.results import Completion, CompletionChunk, RankAnswer, RankResult, Score, StackInfo
+from uma_engine.tasks.shortlist import Beside
 from uma_engine.tasks.stack import Progress, Stack
 from uma_engine.tasks.surface_rank import as_surface, surface_call
 from uma_engine.tasks.usage import Clock, usage_of
@@ -47,6 +49,17 @@ if TYPE_CHECKING:
 __all__ = ["EngineBase"]
 
 DEFAULT_LABELS = ("yes", "no")
+RANK_DEFAULTS: dict[str, Any] = {
+    "adapter": None,
+    "top_n": None,
+    "instruction": None,
+    "labels": DEFAULT_LABELS,
+    "max_tokens_per_candidate": None,
+    "deadline": None,
+    "tenant": "",
+    "surface": None,
+    "job_facts": None,
+}
 ZERO_SHOT = (
     "zero-shot: no adapter was used and `{model}` is not known to be tuned for ranking; "
     "these scores show that the engine runs, they are not advice about people"
@@ -76,6 +89,7 @@ class EngineBase:
         self._rank_prompt = functools.lru_cache(maxsize=128)(
             lambda question: ranking.RankPrompt.build(tokenizer, template, question)
         )
+        self._grammars = GrammarCompiler(tokenizer, self.vocab_size, self._eos_ids())
         weakref.finalize(self, self._stack.loop.stop)  # an engine that is forgotten without `close` ends its thread
 
     # -- adapters and information -----------------------------------------------------------------------------------
@@ -93,6 +107,11 @@ class EngineBase:
     def adapters(self) -> list[str]:
         """Names of the loaded adapters, sorted."""
         return [info.name for info in self._stack.adapters.loaded()]
+
+    def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of messages, each with `role` (system, user, assistant) and `content`, in the base's chat template, up to where an
+        answer begins. No content can bring control tokens. Errors: InvalidRequest"""
+        return chat_ids(self._stack, messages)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text: no special tokens are added, and none can come out of the text itself."""
@@ -142,8 +161,22 @@ class EngineBase:
         """The log of the option `decision_log`, to read, export and verify; None without it."""
         return self._log
 
+    @property
+    def closed(self) -> bool:
+        return self._stack.loop.closed
+
+    def counters(self) -> dict[str, float]:
+        """What goes on now: `num_requests_running`, `num_requests_waiting`, `kv_cache_usage_perc` from 0 to 1. A look from outside: the
+        numbers may be of two steps."""
+        scheduler, pool = self._stack.scheduler, self._stack.block_pool
+        return {
+            "num_requests_running": scheduler.num_running,
+            "num_requests_waiting": scheduler.num_waiting,
+            "kv_cache_usage_perc": pool.num_used / max(1, pool.num_blocks),
+        }
+
     def _check_open(self) -> None:
-        if self._stack.loop.closed:
+        if self.closed:
             raise EngineUnavailable("the engine is closed", hint="create a new engine")
 
     # -- calls ------------------------------------------------------------------------------------------------------
@@ -221,7 +254,7 @@ class EngineBase:
     ) -> Plan[RankAnswer]:
         """The calls of a ranking, one after the other; see `Engine.rank`. Its record goes into no log: `rank` adds that, and an
         audit, which decides about nobody, does not."""
-        return (yield self._rank_call(query, candidates, **options))
+        return (yield from ranked_plan(self, query, candidates, RANK_DEFAULTS | options))
 
     def _rank_call(
         self,
@@ -237,7 +270,9 @@ class EngineBase:
         tenant: str = "",
         surface: Surface | Mapping[str, Any] | str | Path | None = None,
         job_facts: Mapping[str, Any] | None = None,
+        beside: Beside | None = None,
     ) -> Call[RankAnswer]:
+        """`beside`: what later stages will read after the candidates' texts."""
         self._check_open()
         began = Clock()
         expires = self._deadline(deadline)
@@ -273,6 +308,7 @@ class EngineBase:
                 expires=expires,
                 tenant=tenant,
                 began=began,
+                beside=beside,
             )
         if job_facts is not None:
             raise InvalidRequest("`job_facts` is given without a surface", hint="only a surface's facts read them")
@@ -284,7 +320,10 @@ class EngineBase:
         room = prompt.room(instruction_ids, job_ids, self.max_model_len)
         limit = min(room, max_tokens_per_candidate) if max_tokens_per_candidate else room
         encoded = [self._stack.check_tokens(ids) for ids in tokenizer.encode_batch([c.text.strip() for c in people])]
-        segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit)
+        others = [] if beside is None else beside.of(adapter)
+        shared = ranking.shared_prefix([prompt.after_candidate, *others]) if others else None
+        segments, truncated = prompt.segments(instruction_ids, job_ids, encoded, limit, shared)
+        leaves = [i for i, segment in enumerate(segments) if segment.scored]
         tokenized = began.stage("tokenize")
         sink = ScoreSink()
         with self._leased(adapter, sink) as ref:
@@ -311,7 +350,8 @@ class EngineBase:
             logits = sink.future.result()
             usage = usage_of(requests, tokenized, call.started, self._stack.flops_per_token)
             everyone: list[RankResult] = [
-                ranking.rank_result(i, person, labels, logits[i + 2], truncated[i]) for i, person in enumerate(people)
+                ranking.rank_result(i, person, labels, logits[leaves[i]], truncated[i])
+                for i, person in enumerate(people)
             ]
             record = make_record(
                 query=query,
@@ -390,14 +430,16 @@ class EngineBase:
         for name, given in (("params", all_params), ("adapter", all_adapters)):
             if len(given) != n:
                 raise InvalidRequest(f"`{name}` has {len(given)} entries for {n} prompts", param=name)
-        prepared: list[tuple[Segment, SamplingParams]] = []
+        prepared: list[tuple[Segment, SamplingParams, JsonGrammar | None]] = []
         began = Clock()
         for index, (prompt, p) in enumerate(zip(prompts, all_params, strict=True)):
             if not isinstance(p, SamplingParams):
                 raise InvalidRequest(f"`params[{index}]` is a `{type(p).__name__}`, not SamplingParams", param="params")
             if isinstance(prompt, str):
                 prompt = check_text(f"prompts[{index}]", prompt)
-                ids = self._stack.check_tokens(self._chat_ids(prompt) if chat else tokenizer.encode(prompt))
+                ids = self._stack.check_tokens(
+                    chat_ids(self._stack, [{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+                )
                 if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
                     ids = [tokenizer.bos_id, *ids]
             else:
@@ -416,12 +458,12 @@ class EngineBase:
                 )
             if p.seed is None:
                 p = with_seed(p, self.config.seed, ids, index)
-            prepared.append((Segment(ids), p))
+            prepared.append((Segment(ids), p, self._grammar(p)))
         tokenized = began.stage("tokenize")
         requests: list[Request] = []
         sinks: list[TextSink] = []
         try:
-            for index, ((segment, p), adapter_name) in enumerate(zip(prepared, all_adapters, strict=True)):
+            for index, ((segment, p, grammar), adapter_name) in enumerate(zip(prepared, all_adapters, strict=True)):
                 stop_ids = frozenset(p.stop_token_ids) | (frozenset() if p.ignore_eos else self._eos_ids())
                 sink = TextSink(index, IncrementalDecoder(tokenizer), p.stop, stop_ids, emit)
                 ref = self._lease(adapter_name)
@@ -436,6 +478,7 @@ class EngineBase:
                     sampling=p,
                     stop_token_ids=stop_ids,
                     deadline=expires,
+                    grammar=grammar,
                 )
                 requests.append(request)
         except BaseException as error:
@@ -458,16 +501,17 @@ class EngineBase:
         call: Call[list[Completion]] = Call(self._stack.loop, requests, sinks, build)
         return call
 
+    def _grammar(self, params: SamplingParams) -> JsonGrammar | None:
+        if params.json_schema is None:
+            return None
+        if self.config.device != "cpu":
+            raise InvalidRequest(
+                f"`json_schema` is given but `device` is `{self.config.device}`, whose sampling knows no grammars",
+                hint="leave `device` out",
+                param="json_schema",
+            )
+        return self._grammars.json(params.json_schema, params.max_tokens)
+
     def _eos_ids(self) -> frozenset[int]:
         eos = self._stack.tokenizer.eos_id
         return frozenset(self._stack.model_config.eos_token_ids) | (frozenset() if eos is None else {eos})
-
-    def _chat_ids(self, prompt: str) -> list[int]:
-        mark = "\u27e6uma-prompt\u27e7"
-        tokenizer = self._stack.tokenizer
-        ids: list[int] = []
-        for piece in split_template(
-            tokenizer, self._stack.template, [{"role": "user", "content": mark}], {"prompt": mark}
-        ):
-            ids += tokenizer.encode(prompt) if isinstance(piece, FieldPiece) else piece.token_ids
-        return ids

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from uma_engine.catalog.chat_template import FieldPiece, split_template
 from uma_engine.catalog.tokenizer import IncrementalDecoder
 from uma_engine.core import FinishReason, SamplingParams
-from uma_engine.errors import UmaError
+from uma_engine.errors import InvalidRequest, UmaError
 from uma_engine.tasks.calls import started_future
 from uma_engine.tasks.results import CompletionChunk
 
-__all__ = ["TextAssembler", "TextSink", "with_seed"]
+if TYPE_CHECKING:
+    from uma_engine.tasks.stack import Stack
+
+__all__ = ["TextAssembler", "TextSink", "chat_ids", "with_seed"]
+
+ROLES = ("system", "user", "assistant")
 
 
 class TextAssembler:
@@ -116,3 +122,29 @@ def with_seed(params: SamplingParams, base: int, ids: list[int], index: int) -> 
     """A request without a seed gets one from the engine's seed, its prompt and its place: the same call, the same text."""
     data = f"{base}:{index}:{ids}".encode()
     return replace(params, seed=int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)
+
+
+def chat_ids(stack: Stack, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of messages in the base's template. Contents pass by the template, not through it, and hold no control tokens.
+
+    Errors:  InvalidRequest for what are no messages, or an order that the template refuses
+    """
+    shown: list[dict[str, str]] = []
+    contents: dict[str, str] = {}
+    marks: dict[str, str] = {}
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            raise InvalidRequest(
+                f"message {index} has the role `{role}` and content of type `{type(content).__name__}`",
+                hint=f"roles are {', '.join(ROLES)}, and content is text",
+                param="messages",
+            )
+        name = f"message{index}"
+        marks[name] = f"\u27e6uma-{name}\u27e7"
+        contents[name] = content
+        shown.append({"role": role, "content": marks[name]})
+    ids: list[int] = []
+    for piece in split_template(stack.tokenizer, stack.template, shown, marks):
+        ids += stack.tokenizer.encode(contents[piece.name]) if isinstance(piece, FieldPiece) else piece.token_ids
+    return ids

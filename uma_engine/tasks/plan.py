@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from uma_engine.tasks.calls import Call
 
-__all__ = ["Plan", "finish", "prepared", "run", "run_async"]
+__all__ = ["Done", "Plan", "done", "finish", "prepared", "run", "run_async", "step"]
 
 T = TypeVar("T")
 
@@ -43,8 +43,8 @@ async def run_async(plan: Plan[T]) -> T:
     advance: Callable[[], Call[Any]] = lambda: next(plan)  # noqa: E731
     try:
         while True:
-            call = await prepared(_step, advance)
-            if isinstance(call, _Done):
+            call = await prepared(step, advance)
+            if isinstance(call, Done):
                 return call.value
             try:
                 answer = await finish(call)
@@ -58,7 +58,7 @@ async def run_async(plan: Plan[T]) -> T:
             plan.close()
 
 
-class _Done:
+class Done:
     """A plan's answer on its way through a future, which a StopIteration cannot pass."""
 
     def __init__(self, value: Any) -> None:
@@ -68,11 +68,17 @@ class _Done:
         """Nothing was begun."""
 
 
-def _step(advance: Callable[[], Call[Any]]) -> Call[Any] | _Done:
+def done(call: Any) -> Done | None:
+    """The plan's answer, where it has come to its end."""
+    return call if isinstance(call, Done) else None
+
+
+def step(advance: Callable[[], Call[Any]]) -> Call[Any] | Done:
+    """The plan's next call, or its answer."""
     try:
         return advance()
     except StopIteration as end:
-        return _Done(end.value)
+        return Done(end.value)
 
 
 class _Handover:

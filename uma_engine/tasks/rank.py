@@ -6,8 +6,9 @@ Knows the rank prompt, truncation and order; does not know threads, files or how
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from uma_engine.catalog.chat_template import ChatTemplate, FieldPiece, split_template
 from uma_engine.catalog.tokenizer import Tokenizer
@@ -15,7 +16,17 @@ from uma_engine.core import Candidate, Segment
 from uma_engine.errors import InvalidRequest, TooLarge, UnsupportedModel
 from uma_engine.tasks.results import Factor, RankResult, Score
 
-__all__ = ["DEFAULT_INSTRUCTION", "RankPrompt", "as_candidates", "label_ids", "order", "rank_result", "softmax"]
+__all__ = [
+    "DEFAULT_INSTRUCTION",
+    "RankPrompt",
+    "as_candidates",
+    "cut_prompt",
+    "label_ids",
+    "order",
+    "rank_result",
+    "shared_prefix",
+    "softmax",
+]
 
 DEFAULT_INSTRUCTION = "You help a client to choose a freelancer. Decide whether the candidate fits the job post."
 MAX_CANDIDATE_BYTES = 4 * 2**20  # of UTF-8 text: beyond this a candidate is an error, not a truncation
@@ -116,6 +127,38 @@ def order(results: Sequence[RankResult], top_n: int | None) -> tuple[RankResult,
     return tuple(ranked if top_n is None else ranked[:top_n])
 
 
+def cut_prompt(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    question: str,
+    fields: Mapping[str, str] | None = None,
+    turns: Sequence[Mapping[str, str]] = (),
+) -> list[list[int]]:
+    """The rank prompt with `question` at its end, cut at instruction, job, candidate and then `fields`: one piece more than there
+    are cuts. `turns` are further messages; fields, by name and placeholder in the order of the prompt, may stand in them.
+    """
+    content = _PROMPT.format(question=question, **_FIELDS)
+    fields = _FIELDS | dict(fields or {})
+    pieces = split_template(tokenizer, template, [{"role": "user", "content": content}, *turns], fields)
+    # Instruction, job and candidate come in this order, with text between them; before and after there may be none.
+    around: list[list[int]] = [[]]
+    for piece in pieces:
+        if isinstance(piece, FieldPiece):
+            around.append([])
+        else:
+            around[-1] += piece.token_ids
+    if [p.name for p in pieces if isinstance(p, FieldPiece)] != list(fields) or not around[-1]:
+        raise UnsupportedModel("the model's chat template changes the order of the prompt's parts")
+    return around
+
+
+def shared_prefix(tails: Sequence[Sequence[int]]) -> int:
+    """How many tokens all begin with, at most one less than the shortest has."""
+    columns = zip(*tails, strict=False)  # as many as the shortest has tokens
+    common = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+    return min(common, min(map(len, tails)) - 1)
+
+
 @dataclass(frozen=True, slots=True)
 class RankPrompt:
     """The rank prompt of one model as token ids: what surrounds instruction, job and candidate.
@@ -132,28 +175,29 @@ class RankPrompt:
     @classmethod
     def build(cls, tokenizer: Tokenizer, template: ChatTemplate, question: str) -> RankPrompt:
         """`question` is part of the prompt's own text: what comes from outside must hold no control tokens."""
-        content = _PROMPT.format(question=question, **_FIELDS)
-        pieces = split_template(tokenizer, template, [{"role": "user", "content": content}], _FIELDS)
-        # Instruction, job and candidate come in this order, with text between them; before and after there may be none.
-        around: list[list[int]] = [[]]
-        for piece in pieces:
-            if isinstance(piece, FieldPiece):
-                around.append([])
-            else:
-                around[-1] += piece.token_ids
-        if [p.name for p in pieces if isinstance(p, FieldPiece)] != list(_FIELDS) or not around[-1]:
-            raise UnsupportedModel("the model's chat template changes the order of the prompt's parts")
-        return cls(*around)
+        return cls(*cut_prompt(tokenizer, template, question))
 
     def segments(
-        self, instruction: list[int], job: list[int], candidates: Sequence[list[int]], max_candidate_tokens: int
+        self,
+        instruction: list[int],
+        job: list[int],
+        candidates: Sequence[list[int]],
+        max_candidate_tokens: int,
+        shared: int | None = None,
     ) -> tuple[list[Segment], list[int]]:
-        """The request tree, leaf i + 2 being candidate i, and how many tokens were cut from each candidate."""
+        """The request tree, its scored leaves in the order of the candidates, and how many tokens were cut from each candidate.
+
+        `shared`: a candidate is a segment of its own, with so many tokens of what follows it: something else will be read there.
+        """
         tree = [Segment(self.head + instruction + self.after_instruction), Segment(job + self.after_job, parent=0)]
         truncated = []
         for tokens in candidates:
             truncated.append(max(0, len(tokens) - max_candidate_tokens))
-            tree.append(Segment(tokens[:max_candidate_tokens] + self.after_candidate, parent=1, scored=True))
+            tokens, tail, parent = tokens[:max_candidate_tokens], self.after_candidate, 1
+            if shared is not None:
+                tree.append(Segment(tokens + tail[:shared], parent=1))
+                tokens, tail, parent = [], tail[shared:], len(tree) - 1
+            tree.append(Segment(tokens + tail, parent=parent, scored=True))
         return tree, truncated
 
     def room(self, instruction: list[int], job: list[int], max_model_len: int) -> int:

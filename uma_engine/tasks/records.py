@@ -38,6 +38,7 @@ SURFACE_FORMAT = "uma-decision-record/2"  # with a surface: several reads and ad
 _DIGESTS = ("base_digest", "tokenizer_digest", "template_digest", "adapter_digest", "backend", "version")
 _ANSWER = ("id", "score", "logits", "truncated_tokens", "ledger")
 _SURFACE_ANSWER = (*_ANSWER, "place", "tied_with", "redactions")
+_SHORTLISTED = ("deliberation", "assessment")  # what a result of the shortlist has besides
 # What a replay reads: types, or tuples of types, in the places of values. A list stands for all of its items.
 _SHAPE: dict[str, Any] = {
     "query": str,
@@ -171,6 +172,9 @@ def differences(record: Mapping[str, Any], again: Mapping[str, Any], *, partial:
         for key in answer:
             if then[key] != now[key]:
                 found.append(f"candidate `{then['id']}`: {key} `{then[key]}` then, `{now[key]}` now")
+        for key in _SHORTLISTED:
+            if then.get(key) != now.get(key):
+                found.append(f"candidate `{then['id']}`: {key} `{then.get(key)}` then, `{now.get(key)}` now")
     then_warned, now_warned = _warnings(record), _warnings(again)
     if then_warned != now_warned and not partial:
         found.append(f"warnings: `{then_warned}` then, `{now_warned}` now")

@@ -11,6 +11,8 @@ from typing import Any
 
 from uma_engine.core import FinishReason
 from uma_engine.decision_log.types import Logged
+from uma_engine.ranking.assessment import Assessment
+from uma_engine.ranking.bounds import Bounds
 from uma_engine.ranking.ledger import Factor, LedgerLine
 from uma_engine.ranking.redaction import Redaction
 
@@ -18,7 +20,9 @@ __all__ = [
     "AdapterUse",
     "Completion",
     "CompletionChunk",
+    "Deliberation",
     "Factor",
+    "Note",
     "RankAnswer",
     "RankResult",
     "Score",
@@ -122,8 +126,53 @@ class RankResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """What was noted about one candidate before the probes were read again, and what that changed. Places count from 1."""
+
+    index: int
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    score_before: float
+    logits_before: tuple[float, ...]
+    place_before: int
+    score: float
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
+class Deliberation:
+    """`notes` in the order after them. `kendall_tau` compares the scores before and after; `moved` counts changed places."""
+
+    notes: tuple[Note, ...]
+    order_before: tuple[int, ...]
+    order: tuple[int, ...]
+    kendall_tau: float
+    moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class CascadeReport:
+    """Who was read to the end (`whole`), who only in part (`eliminated`), and who `not_looked_at` at all because a deadline or a budget
+    ended the ranking (`stopped_by`); positions in the input. Scores of the eliminated are those of their first tokens."""
+
+    bounds: Bounds
+    top: int
+    whole: tuple[int, ...]
+    eliminated: tuple[int, ...]
+    not_looked_at: tuple[int, ...]
+    waves: int
+    stopped_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RankAnswer:
-    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order."""
+    """`results` sorted by score, ties by index, at most `top_n`; `all_results` has everyone in input order.
+
+    With `explain="words"` the shortlist's `assessments`, best first; with `deliberate` what the notes changed: the shortlist's
+    scores are those after them, and it keeps the places that it took. `usage.stages` says what each stage cost. With `cascade`
+    those read to the end come first, and `all_results` lacks who was not looked at.
+    """
 
     results: tuple[RankResult, ...]
     all_results: tuple[RankResult, ...]
@@ -132,6 +181,9 @@ class RankAnswer:
     warnings: tuple[str, ...]
     record: Mapping[str, Any] = field(repr=False, default_factory=dict)
     logged: Logged | None = None  # where the record went, with the engine's option `decision_log`
+    assessments: tuple[Assessment, ...] = ()
+    deliberation: Deliberation | None = None
+    cascade: CascadeReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: everything but the decision record."""
@@ -145,6 +197,9 @@ class RankAnswer:
             | {"reused_tokens": self.usage.reused_tokens, "total_time": self.usage.total_time},
             "stack": asdict(self.stack),
             "warnings": list(self.warnings),
+            "assessments": [a.to_dict() for a in self.assessments],
+            "deliberation": asdict(self.deliberation) if self.deliberation else None,
+            "cascade": asdict(self.cascade) if self.cascade else None,
         }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +32,9 @@ from uma_engine.tasks.usage import Clock, usage_of
 if TYPE_CHECKING:
     from uma_engine.catalog.tokenizer import Tokenizer
     from uma_engine.tasks.base import EngineBase
+    from uma_engine.tasks.shortlist import Beside
 
-__all__ = ["as_surface", "redacted", "surface_call"]
+__all__ = ["Group", "as_surface", "groups_of", "inert", "ledger_of", "redacted", "surface_call"]
 
 
 def as_surface(surface: Surface | Mapping[str, Any] | str | Path) -> Surface:
@@ -47,7 +47,7 @@ def as_surface(surface: Surface | Mapping[str, Any] | str | Path) -> Surface:
 
 
 @dataclass
-class _Group:
+class Group:
     """The reads of one adapter, and the tree that serves them."""
 
     adapter: str | None
@@ -55,6 +55,7 @@ class _Group:
     prompts: list[ranking.RankPrompt] = field(default_factory=list)
     label_ids: list[tuple[int, ...]] = field(default_factory=list)
     shared: int = 0  # tokens after the candidate's text with which all probes begin
+    is_kept: bool = False  # something else will be read after the candidates' texts
     sink: ScoreSink = field(default_factory=ScoreSink)
     ref: AdapterRef | None = None
     request: Request | None = None
@@ -77,7 +78,9 @@ class _Group:
         ]
         self.leaves = []
         for tokens in candidates:
-            if len(self.prompts) == 1:  # nothing to share: one leaf, whose keys and values nobody keeps
+            if (
+                len(self.prompts) == 1 and not self.is_kept
+            ):  # nothing to share: one leaf, whose keys and values nobody keeps
                 self.leaves.append([len(segments)])
                 segments.append(Segment(tokens + first.after_candidate, parent=1, scored=True))
                 continue
@@ -103,8 +106,10 @@ def surface_call(
     expires: float | None,
     tenant: str,
     began: Clock,
+    beside: Beside | None = None,
 ) -> Call[RankAnswer]:
-    """The call; arguments as `Engine.rank` has them, checked by its caller. `adapter` reads where a read names none."""
+    """The call; arguments as `Engine.rank` has them, checked by its caller. `adapter` reads where a read names none; `beside`: what
+    else will be read after the candidates' texts."""
     stack = engine._stack
     tokenizer = stack.tokenizer
     if not isinstance(job_facts, Mapping):
@@ -113,7 +118,7 @@ def surface_call(
         as_number(value, f"job fact `{key}`", "job_facts")
     surface = replace(surface, reads=tuple(replace(r, adapter=r.adapter or adapter) for r in surface.reads))
     measured = [[fact.measure(person.facts, job_facts, person.id) for fact in surface.facts] for person in people]
-    groups = _groups(engine, surface)
+    groups = groups_of(engine, surface, beside)
     seen = [redacted(surface, person) if surface.reads else ("", ()) for person in people]
     instruction_ids, job_ids = engine._ids_of("instruction", instruction), engine._ids_of("query", query)
     limit = None
@@ -145,7 +150,7 @@ def surface_call(
 
     def answer() -> RankAnswer:
         logits = _logits(groups, len(surface.reads), len(people))
-        ledgers = [_ledger(surface, measured[i], logits[i]) for i in range(len(people))]
+        ledgers = [ledger_of(surface, measured[i], logits[i]) for i in range(len(people))]
         scores = [score for score, _ in ledgers]
         draws = [lot(query, person.id) for person in people] if surface.tie_order == "lot" else None
         places = arrange(scores, surface.resolution, draws)
@@ -211,24 +216,24 @@ def surface_call(
     return call
 
 
-def _groups(engine: EngineBase, surface: Surface) -> list[_Group]:
+def groups_of(engine: EngineBase, surface: Surface, beside: Beside | None = None) -> list[Group]:
     """The surface's reads by adapter, in the order in which adapters first appear."""
     tokenizer = engine._stack.tokenizer
-    groups: dict[str | None, _Group] = {}
+    groups: dict[str | None, Group] = {}
     for place, read in enumerate(surface.reads):
-        group = groups.setdefault(read.adapter, _Group(read.adapter))
+        group = groups.setdefault(read.adapter, Group(read.adapter))
         group.places.append(place)
         group.label_ids.append(ranking.label_ids(tokenizer, read.labels))
-        group.prompts.append(engine._rank_prompt(_inert(tokenizer, read)))
+        group.prompts.append(engine._rank_prompt(inert(tokenizer, read)))
     for group in groups.values():
+        others = [] if beside is None else beside.of(group.adapter)
+        group.is_kept = bool(others)
         tails = [prompt.after_candidate for prompt in group.prompts]
-        columns = zip(*tails, strict=False)  # as many as the shortest has tokens
-        common = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
-        group.shared = min(common, min(map(len, tails)) - 1)  # a leaf has a token of its own
+        group.shared = ranking.shared_prefix([*tails, *others])  # a leaf has a token of its own
     return list(groups.values())
 
 
-def _inert(tokenizer: Tokenizer, read: Read) -> str:
+def inert(tokenizer: Tokenizer, read: Read) -> str:
     """The read's question. Errors: SurfaceError when it holds control tokens, which in a template's text would act"""
     control = tokenizer.control_ids.intersection(tokenizer.encode(read.question, special=True))
     if control:
@@ -249,7 +254,7 @@ def redacted(surface: Surface, person: Candidate) -> tuple[str, tuple[Redaction,
     return redact(text, surface.redact, names, [finder(name)[0] for name in surface.redact_with])
 
 
-def _calibrated(engine: EngineBase, surface: Surface, groups: Sequence[_Group]) -> Surface:
+def _calibrated(engine: EngineBase, surface: Surface, groups: Sequence[Group]) -> Surface:
     """The surface with every calibration read from its file and checked against what is going to answer."""
     reads = list(surface.reads)
     for group in groups:
@@ -289,7 +294,7 @@ def _find(engine: EngineBase, read: Read, ref: AdapterRef | None, where: Path | 
 
 
 def _warnings(
-    engine: EngineBase, surface: Surface, groups: Sequence[_Group], truncated: Sequence[int], limit: int | None
+    engine: EngineBase, surface: Surface, groups: Sequence[Group], truncated: Sequence[int], limit: int | None
 ) -> list[str]:
     from uma_engine.tasks.base import ZERO_SHOT  # which imports this module
 
@@ -304,7 +309,7 @@ def _warnings(
     return found
 
 
-def _logits(groups: Sequence[_Group], num_reads: int, num_people: int) -> list[list[tuple[float, ...]]]:
+def _logits(groups: Sequence[Group], num_reads: int, num_people: int) -> list[list[tuple[float, ...]]]:
     """Label logits by candidate and read."""
     found: list[list[tuple[float, ...]]] = [[()] * num_reads for _ in range(num_people)]
     for group in groups:
@@ -316,7 +321,7 @@ def _logits(groups: Sequence[_Group], num_reads: int, num_people: int) -> list[l
     return found
 
 
-def _ledger(
+def ledger_of(
     surface: Surface, measured: Sequence[Any], logits: Sequence[tuple[float, ...]]
 ) -> tuple[float, tuple[LedgerLine, ...]]:
     """The score of one candidate and the lines that make it."""

@@ -1,0 +1,126 @@
+"""`uma serve`: the engine over HTTP, in this process.
+
+Knows arguments and sockets; does not know paths or requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from uma_engine.cli.console import FetchProgress, write_line
+from uma_engine.errors import InvalidRequest, MissingPackage
+
+GRACE_S = 30  # that requests have to end after a signal
+HEAD_BYTES = 16 * 2**10  # of a request's line and headers
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import uvicorn
+
+        from uma_engine.serve import ServeSettings
+        from uma_engine.serve.settings import read_keys
+    except ImportError as error:
+        raise MissingPackage(
+            f"`{error.name}` is not installed", hint="install it with `pip install 'uma-engine[server]'`"
+        ) from None
+    keys = read_keys(args.keys)
+    if not keys and not _is_loopback(args.host):
+        raise InvalidRequest(
+            f"`{args.host}` can be reached from outside and there are no keys",
+            hint="give `--keys FILE`, or listen on 127.0.0.1",
+            param="host",
+        )
+    for name, value in (("max-body-mb", args.max_body_mb), ("deadline", args.deadline)):
+        if not (math.isfinite(value) and value > 0):
+            raise InvalidRequest(f"`--{name}` is {value} but must be above 0", param=name)
+    if not 0 <= args.port < 65536:
+        raise InvalidRequest(f"`--port` is {args.port} but must be from 0 to 65535", param="port")
+    root = None if args.adapter_root is None else Path(args.adapter_root)
+    if root is not None and not root.is_dir():
+        raise InvalidRequest(f"`{root}` is not a directory", param="adapter-root")
+    settings = ServeSettings(
+        keys=keys,
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        deadline_s=args.deadline,
+        adapter_root=root,
+        model_aliases=tuple(args.alias),
+    )
+    if args.check:
+        write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {args.model}")
+        return 0
+    return asyncio.run(_serve(args, settings, uvicorn))
+
+
+async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any) -> int:
+    from uma_engine.serve import make_app
+    from uma_engine.tasks.api import AsyncEngine
+
+    options: dict[str, Any] = {"precision": args.precision, "device": args.device, "dtype": args.dtype}
+    if args.threads is not None:
+        options["num_threads"] = args.threads
+    if args.log:
+        options["decision_log"] = args.log
+    with FetchProgress() as progress:
+        engine = await asyncio.to_thread(
+            lambda: AsyncEngine(args.model, progress=progress, max_lora_rank=256, **options)
+        )
+    async with engine:
+        if args.adapter:
+            await engine.load_adapter(Path(args.adapter).resolve().name, args.adapter)
+        app = make_app(engine, settings)
+        config = uvicorn.Config(
+            app,
+            host=args.host,
+            port=args.port,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=GRACE_S,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            http="h11",
+        )
+        server = uvicorn.Server(config)
+        # uvicorn would end the process by the signal that it got: here a signal means finish what has begun, and exit with 0.
+        server.capture_signals = lambda: _signals(server, app.state.drain)
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.02)
+        if server.started:
+            port = server.servers[0].sockets[0].getsockname()[1]
+            write_line(f"{engine.model} at http://{args.host}:{port}, {len(settings.keys)} keys")
+        await task
+    return 0
+
+
+@contextlib.contextmanager
+def _signals(server: Any, drain: Callable[[], object]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+
+    def stop(number: int) -> None:
+        drain()
+        server.handle_exit(number, None)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

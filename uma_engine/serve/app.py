@@ -1,0 +1,231 @@
+"""The ASGI application: paths, keys, limits, and that a client who leaves takes their request along.
+
+Knows HTTP; what a path answers is in `ranking_routes` and `openai_routes`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from uma_engine.errors import EngineUnavailable, Overloaded, RequestCancelled, TooLarge, UmaError, UnknownAdapter
+from uma_engine.serve.metrics import Metrics
+from uma_engine.serve.settings import Scope, ServeSettings
+
+if TYPE_CHECKING:
+    from uma_engine.tasks.api import AsyncEngine
+
+__all__ = ["Context", "Handler", "answer_json", "error_data", "events", "make_app"]
+
+logger = logging.getLogger("uma_engine.serve")
+Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
+
+
+class Context:
+    """One request: who asks, and the engine that answers."""
+
+    def __init__(self, request: Request, engine: AsyncEngine, settings: ServeSettings, metrics: Metrics) -> None:
+        self.request = request
+        self.engine = engine
+        self.settings = settings
+        self.metrics = metrics
+        self.id = request.headers.get("x-request-id", "")[:64] or secrets.token_hex(8)
+        self.tenant = ""
+        self.created = int(time.time())
+
+    def model(self, name: str | None) -> tuple[str, str | None]:
+        """(the name to answer with, the adapter) of a request's `model`: the base, an alias of it, or a loaded adapter."""
+        if name is None or name == self.engine.model or name in self.settings.model_aliases:
+            return name or self.engine.model, None
+        if name in self.engine.adapters():
+            return name, name
+        raise UnknownAdapter(
+            f"there is no model `{name}`", hint="`/v1/models` lists the base and its adapters", param="model"
+        )
+
+    def documents(self, count: int, param: str) -> None:
+        if count > self.settings.max_documents:
+            raise TooLarge(f"`{param}` has {count} entries but {self.settings.max_documents} are the most", param=param)
+
+
+def make_app(engine: AsyncEngine, settings: ServeSettings | None = None) -> Starlette:
+    """The application over an engine that its caller opens and closes."""
+    from uma_engine.serve import openai_routes, ranking_routes
+
+    settings = settings or ServeSettings()
+    metrics = Metrics(engine)
+    state = {"draining": False}
+
+    def route(path: str, handler: Handler, scope: Scope = "rank", methods: tuple[str, ...] = ("POST",)) -> Route:
+        async def endpoint(request: Request) -> Response:
+            return await _served(Context(request, engine, settings, metrics), path, handler, scope, state)
+
+        return Route(path, endpoint, methods=list(methods))
+
+    async def alive(request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def ready(request: Request) -> Response:
+        if state["draining"] or engine.closed:
+            return PlainTextResponse("draining\n" if state["draining"] else "closed\n", 503)
+        return PlainTextResponse("ready\n")
+
+    async def measured(context: Context, body: bytes) -> Response:
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        state["draining"] = True
+
+    routes = [
+        Route("/livez", alive),
+        Route("/healthz", ready),
+        Route("/readyz", ready),
+        route("/metrics", measured, methods=("GET",)),
+        *(route(path, *rest) for path, *rest in (*ranking_routes.ROUTES, *openai_routes.ROUTES)),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.drain = lambda: state.update(draining=True)
+    return app
+
+
+async def _served(context: Context, path: str, handler: Handler, scope: Scope, state: dict[str, bool]) -> Response:
+    began = time.perf_counter()
+    error: UmaError | None = None
+    try:
+        _admit(context, scope, state)
+        body = await _body(context.request, context.settings.max_body_bytes)
+        response = await _until_gone(context.request, handler(context, body))
+    except UmaError as failed:
+        error = failed
+    except ClientDisconnect:
+        error = RequestCancelled("the client has left")
+    except asyncio.CancelledError:
+        context.metrics.done(path, 499, time.perf_counter() - began)
+        raise
+    except Exception:
+        logger.exception("request %s failed", context.id)
+        error = UmaError("the server failed", hint=f"its log has request {context.id}")
+    if error is not None:
+        response = error_response(error)
+    response.headers["x-request-id"] = context.id
+    context.metrics.done(path, response.status_code, time.perf_counter() - began)
+    return response
+
+
+def _admit(context: Context, scope: Scope, state: dict[str, bool]) -> None:
+    settings = context.settings
+    if settings.keys:
+        scheme, _, secret = context.request.headers.get("authorization", "").partition(" ")
+        key = settings.find(secret.strip()) if scheme.lower() == "bearer" else None
+        if key is None:
+            raise Unauthorised("a key is needed", hint="send `Authorization: Bearer KEY`")
+        if scope == "admin" and key.scope != "admin":
+            raise Forbidden(f"key `{key.name}` may not do this", hint="use a key of scope `admin`")
+        context.tenant = key.name
+    elif scope == "admin":
+        raise Forbidden("this server has no keys, and nobody may change it", hint="start it with an `admin` key")
+    if state["draining"]:
+        raise EngineUnavailable("the server is shutting down", hint="ask another one")
+
+
+class Unauthorised(UmaError):
+    """No key, or one that is not known."""
+
+    status = 401
+
+
+class Forbidden(UmaError):
+    """A key that may not do this."""
+
+    status = 403
+
+
+async def _body(request: Request, most: int) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > most:
+        raise TooLarge(f"the body has {declared} bytes but {most} are the most")
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise TooLarge(f"the body has more than {most} bytes, which are the most")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _until_gone(request: Request, work: Awaitable[Response]) -> Response:
+    """What `work` gives, or its end as soon as the client has gone."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestCancelled("the client has left")
+    finally:
+        for other in (task, watch):
+            if not other.done():
+                other.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await other
+
+
+async def _gone(request: Request) -> None:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            return
+
+
+def answer_json(data: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(data), status, media_type="application/json")
+
+
+def error_data(error: UmaError) -> dict[str, Any]:
+    """What every error looks like: OpenAI's fields, and a hint."""
+    return {
+        "error": {
+            "type": type(error).__name__,
+            "code": error.status,
+            "message": error.message,
+            "hint": error.hint,
+            "param": error.param,
+        }
+    }
+
+
+def error_response(error: UmaError) -> Response:
+    response = answer_json(error_data(error), error.status)
+    if isinstance(error, Overloaded):
+        response.headers["retry-after"] = str(max(1, round(error.retry_after)))
+    elif error.status == 503:
+        response.headers["retry-after"] = "5"
+    elif error.status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+def events(parts: AsyncIterator[bytes]) -> Response:
+    """Server-sent events. A client who leaves ends `parts`; an error after the first event is one more event."""
+
+    async def safe() -> AsyncIterator[bytes]:
+        try:
+            async for part in parts:
+                yield b"data: " + part + b"\n\n"
+        except UmaError as error:
+            yield b"data: " + msgspec.json.encode(error_data(error)) + b"\n\n"
+
+    return StreamingResponse(safe(), media_type="text/event-stream", headers={"cache-control": "no-store"})

@@ -25,7 +25,7 @@ ARGUMENTS = {
     "decisions.py": ["decisions.uma", "{model}"],
     "recompute.py": ["answer.json"],
 }
-MODEL_COMMANDS = ("rank", "bench", "generate")  # whose default model is one that must be fetched
+MODEL_COMMANDS = ("rank", "bench", "generate", "match")  # whose default model is one that must be fetched
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join(str(Path(p)) for p in (ROOT, ROOT / "kernels", *sys.path) if str(p))

@@ -25,7 +25,7 @@ from uma_engine.errors import InvalidRequest, InvariantViolation, MissingPackage
 from uma_engine.train.artifact import write_json
 from uma_engine.train.groups import Group, Judged, file_digest, write_groups
 
-__all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "split_of"]
+__all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "first_stages", "read_collection", "split_of"]
 
 # SOC major groups. 13, 17, 27 and 43 are in no file: the collection keeps them as an unseen test.
 DEV_MAJORS = frozenset({"21", "33", "41", "47"})
@@ -119,7 +119,14 @@ def _jobs(
 
 
 def _fused(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None]) -> list[list[str]]:
-    """For each text the corpus' ids, best first: reciprocal-rank fusion of BM25 and MiniLM, the best 2 * POOL of each."""
+    return first_stages(texts, corpus, say)["fused"]
+
+
+def first_stages(
+    texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None] = lambda line: None
+) -> dict[str, list[list[str]]]:
+    """For each text the corpus' ids, best first: of `bm25`, `minilm` and of their reciprocal-rank fusion, `fused`, the best 2 * POOL of
+    each fused. Errors: MissingPackage"""
     try:
         import bm25s
         import numpy as np
@@ -147,7 +154,26 @@ def _fused(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str],
             for place, doc in enumerate(ranking):
                 scores[int(doc)] += 1 / (RRF + place + 1)
         order.append([ids[doc] for doc in sorted(scores, key=lambda d: (-scores[d], d))])
-    return order
+    return {
+        "bm25": [[ids[int(doc)] for doc in row] for row in found],
+        "minilm": [[ids[int(doc)] for doc in row] for row in near],
+        "fused": order,
+    }
+
+
+def read_collection(source: Path) -> tuple[dict[str, str], list[tuple[str, str]], dict[str, dict[str, int]]]:
+    """The crosswalk collection below `source`: documents by id, (SOC code/form, text) of every query, grades by SOC code.
+
+    Errors:  InvalidRequest
+    """
+    home = source / "esco-onet-crosswalk"
+    corpus = {d["_id"]: f"{d['title']}. {d['text']}" for d in _lines(home / "corpus.jsonl")}
+    queries = []
+    for q in _lines(home / "queries.jsonl"):
+        queries.append((f"{q['_id']}/title_text", f"{q['title']}. {q['text']}"))
+        if q["tasks"]:
+            queries.append((f"{q['_id']}/tasks", " ".join(q["tasks"])))
+    return corpus, queries, _grades(home / "qrels.tsv")
 
 
 def _refuse_leaks(made: Mapping[str, Sequence[Group]], held_out: set[str]) -> None:

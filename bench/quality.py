@@ -1,0 +1,165 @@
+"""How well things rank: the crosswalk collection, words and vectors beside language models, with paired intervals.
+
+    python -m bench.quality --source DIR [--split test] [--system base NAME=ADAPTER ...] [--jobs N]
+
+DIR holds esco-onet-crosswalk/ (see `uma data build`): O*NET occupations ask, as title and text or as tasks alone, which read like a post;
+ESCO occupations answer, judged by experts. BM25, MiniLM and their fusion search all of it; language models rank the fusion's best 100.
+`base` is the model without an adapter. Splits are those of training: `dev` chose adapters, `test` and `unseen` chose nothing.
+
+Scores of models are kept under build/quality/ as they come, so that a run that was stopped goes on. Rows go to bench/results/quality.jsonl:
+nDCG@10 with gain 2^g - 1 by ir-measures, and the mean difference to MiniLM and to the fusion with its 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.rows import ROOT, append_row
+from uma_engine.ranking.metrics import paired_bootstrap
+from uma_engine.train.occupations import DEV_MAJORS, TEST_MAJORS, first_stages, read_collection
+
+KEPT = ROOT / "build" / "quality"
+POOL = 100
+UNSEEN = frozenset({"13", "17", "27", "43"})
+MAJORS = {"dev": DEV_MAJORS, "test": TEST_MAJORS, "unseen": UNSEEN}
+MOST_TOKENS = 64  # of a candidate that a model reads
+Run = dict[str, list[str]]  # of each query: documents, best first
+
+
+@dataclass(frozen=True)
+class Query:
+    id: str  # SOC code / form
+    text: str
+
+    @property
+    def form(self) -> str:
+        return self.id.partition("/")[2]
+
+    @property
+    def major(self) -> str:
+        return self.id[:2]
+
+
+def model_run(
+    model: str, adapter: str | None, queries: Sequence[Query], pools: Run, corpus: Mapping[str, str], precision: str
+) -> Run:
+    """Rank every query's pool, going on where an earlier run stopped."""
+    from uma_engine import Candidate, Engine
+
+    with Engine(model, precision=precision, max_lora_rank=64) as engine:
+        name = None
+        if adapter is not None:
+            name = "tuned"
+            engine.load_adapter(name, adapter)
+        stack = engine.rank("x", ["y"], adapter=name).stack
+        key = "\n".join((stack.base_digest, stack.adapter_digest or "", precision, str(MOST_TOKENS)))
+        path = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done: dict[str, dict[str, float]] = {}
+        if path.exists():
+            done = {row["id"]: row["scores"] for row in map(json.loads, path.read_text().splitlines())}
+        missing = [q for q in queries if set(pools[q.id]) - set(done.get(q.id, ()))]
+        began = time.perf_counter()
+        with path.open("a") as file:
+            for number, query in enumerate(missing, 1):
+                people = [Candidate(doc, corpus[doc]) for doc in pools[query.id]]
+                answer = engine.rank(query.text, people, adapter=name, max_tokens_per_candidate=MOST_TOKENS)
+                done[query.id] = {r.id: r.logits[0] - r.logits[1] for r in answer.all_results}
+                file.write(json.dumps({"id": query.id, "scores": done[query.id]}) + "\n")
+                file.flush()
+                if number % 10 == 0 or number == len(missing):
+                    left = (time.perf_counter() - began) / number * (len(missing) - number)
+                    print(f"  {number}/{len(missing)} jobs, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+    return {q.id: sorted(pools[q.id], key=lambda doc: (-done[q.id][doc], pools[q.id].index(doc))) for q in queries}
+
+
+def ndcg_of(run: Run, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """nDCG@10 of each query."""
+    import ir_measures
+    from ir_measures import nDCG
+
+    measure = nDCG(gains={grade: 2**grade - 1 for grade in range(4)}) @ 10  # the tool's own gain is the grade itself
+    judged = [ir_measures.Qrel(q, doc, grade) for q in run for doc, grade in qrels[q].items()]
+    ranked = [ir_measures.ScoredDoc(q, doc, -float(place)) for q, docs in run.items() for place, doc in enumerate(docs)]
+    found = {m.query_id: m.value for m in ir_measures.iter_calc([measure], judged, ranked)}
+    return {q: found.get(q, 0.0) for q in run}
+
+
+def rows_of(
+    name: str, values: Mapping[str, float], others: Mapping[str, Mapping[str, float]], queries: Sequence[Query]
+) -> Iterator[dict[str, Any]]:
+    """One row for each form of a query."""
+    for form in sorted({q.form for q in queries}):
+        ids = [q.id for q in queries if q.form == form]
+        row: dict[str, Any] = {"system": name, "form": form, "queries": len(ids)}
+        row["ndcg_10"] = round(sum(values[i] for i in ids) / len(ids), 4)
+        for other, theirs in others.items():
+            if other != name:
+                d = paired_bootstrap([values[i] for i in ids], [theirs[i] for i in ids])
+                row[f"over_{other}"] = [round(x, 4) for x in (d.mean, d.low, d.high)]
+        majors: dict[str, list[float]] = defaultdict(list)
+        for i in ids:
+            majors[i[:2]].append(values[i] - others["fused"][i])
+        row["worst_major_over_fused"] = round(min(sum(v) / len(v) for v in majors.values()), 4)
+        yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--split", choices=MAJORS, nargs="+", default=["test"])
+    parser.add_argument("--system", nargs="+", default=["base"], metavar="NAME[=ADAPTER]")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--precision", choices=("exact", "near", "fast"), default="near")
+    parser.add_argument("--jobs", type=int, help="so many of each form, spread over the majors")
+    parser.add_argument("--no-save", action="store_true")
+    args = parser.parse_args()
+    corpus, asked, grades = read_collection(args.source)
+    majors = frozenset().union(*(MAJORS[s] for s in args.split))
+    queries = [Query(i, text) for i, text in asked if i[:2] in majors and grades.get(i.partition("/")[0])]
+    if args.jobs:
+        forms = sorted({q.form for q in queries})
+        queries = [q for form in forms for q in spread([q for q in queries if q.form == form], args.jobs)]
+    qrels = {q.id: grades[q.id.partition("/")[0]] for q in queries}
+    by_stage = first_stages([q.text for q in queries], corpus, lambda line: print(line, file=sys.stderr, flush=True))
+    runs: dict[str, Run] = {
+        name: {q.id: docs[:POOL] for q, docs in zip(queries, found, strict=True)} for name, found in by_stage.items()
+    }
+    for system in args.system:
+        name, _, adapter = system.partition("=")
+        print(f"{name}: {len(queries)} jobs of {POOL}", file=sys.stderr, flush=True)
+        runs[name] = model_run(args.model, adapter or None, queries, runs["fused"], corpus, args.precision)
+    values = {name: ndcg_of(run, qrels) for name, run in runs.items()}
+    others = {name: values[name] for name in ("minilm", "fused")}
+    for name in runs:
+        for row in rows_of(name, values[name], others, queries):
+            row = {
+                "bench": "quality",
+                "split": "+".join(args.split),
+                "model": args.model,
+                "precision": args.precision,
+                **row,
+            }
+            print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
+            if not args.no_save:
+                append_row("quality", row)
+
+
+def spread(queries: Sequence[Query], count: int) -> list[Query]:
+    """`count` queries, evenly over the list, which is ordered by occupation."""
+    if count >= len(queries):
+        return list(queries)
+    return [queries[i * len(queries) // count] for i in range(count)]
+
+
+if __name__ == "__main__":
+    main()

@@ -216,6 +216,30 @@ def test_models_health_and_metrics(client: Client) -> None:
         assert line.startswith("#") or len(line.rsplit(" ", 1)) == 2
 
 
+def test_the_document_describes_every_path(client: Client) -> None:
+    data = client.get("/openapi.json").json()
+    assert data["openapi"].startswith("3.1")
+    paths = {"/v1/rank", "/v1/rerank", "/v2/rerank", "/rerank", "/v1/score", "/v1/completions", "/v1/chat/completions"}
+    assert paths <= set(data["paths"])
+    names = set(data["components"]["schemas"])
+
+    def references(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                yield value["$ref"]
+            for part in value.values():
+                yield from references(part)
+        elif isinstance(value, list):
+            for part in value:
+                yield from references(part)
+
+    assert {r.rpartition("/")[2] for r in references(data)} <= names
+    rank = data["components"]["schemas"]["RankRequest"]
+    assert set(rank["required"]) == {"query", "candidates"}
+    ids = [operation["operationId"] for methods in data["paths"].values() for operation in methods.values()]
+    assert len(ids) == len(set(ids))
+
+
 def test_keys_and_adapters(tiny_dir: Path, adapter_dirs: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     file = tmp_path / "keys"
     file.write_text(f"# who may ask\nshop rank {RANK}\noperator admin {ADMIN}\n")

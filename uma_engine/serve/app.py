@@ -21,6 +21,7 @@ from starlette.routing import Route
 
 from uma_engine.errors import EngineUnavailable, Overloaded, RequestCancelled, TooLarge, UmaError, UnknownAdapter
 from uma_engine.serve.metrics import Metrics
+from uma_engine.serve.openapi import document
 from uma_engine.serve.settings import Scope, ServeSettings
 
 if TYPE_CHECKING:
@@ -84,16 +85,20 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None) -> Star
     async def measured(context: Context, body: bytes) -> Response:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def described(request: Request) -> Response:
+        return answer_json(document([(r.path, sorted(r.methods or ())) for r in routes]))
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         state["draining"] = True
 
-    routes = [
+    routes: list[Route] = [
         Route("/livez", alive),
         Route("/healthz", ready),
         Route("/readyz", ready),
         route("/metrics", measured, methods=("GET",)),
+        Route("/openapi.json", described),
         *(route(path, *rest) for path, *rest in (*ranking_routes.ROUTES, *openai_routes.ROUTES)),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)

@@ -1,0 +1,85 @@
+"""The services' own Python clients against the server: what they send is understood, what they read is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.engine.conftest import SMALL, tiny_dir  # noqa: F401
+from uma_engine import Engine
+
+pytest.importorskip("uvicorn")
+ROOT = Path(__file__).resolve().parents[2]
+QUERY = "We need a Rust engineer."
+TEXTS = ["Ten years of Rust and Linux.", "A nurse.", "Rust beginner, good at tax law."]
+KEY = "sdk-secret-0123456789"
+
+
+@pytest.fixture(scope="module")
+def address(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:  # noqa: F811
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"sdk rank {KEY}\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "uma_engine.cli.main", "serve", "--model", str(tiny_dir), "--port", "0"]
+    command += ["--keys", str(keys), "--alias", "rerank-v3.5", "--alias", "rerank-2"]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    found = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+    assert found
+    yield found.group()
+    process.terminate()
+    process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def order(tiny_dir: Path) -> list[tuple[int, float]]:  # noqa: F811
+    with Engine(tiny_dir, **SMALL) as engine:
+        return [(r.index, r.score) for r in engine.rank(QUERY, TEXTS).results]
+
+
+def test_openai(address: str, tiny_dir: Path) -> None:  # noqa: F811
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+    (base, *_) = client.models.list().data
+    asked = {"model": base.id, "temperature": 0, "max_tokens": 5}
+    whole = client.completions.create(prompt="Rust is", **asked)
+    assert whole.usage.completion_tokens == 5
+    parts = client.completions.create(prompt="Rust is", stream=True, **asked)
+    assert "".join(p.choices[0].text for p in parts) == whole.choices[0].text
+    messages = [{"role": "user", "content": "Rust?"}]
+    chat = client.chat.completions.create(messages=messages, **asked)
+    stream = client.chat.completions.create(messages=messages, stream=True, **asked)
+    assert "".join(p.choices[0].delta.content or "" for p in stream) == chat.choices[0].message.content
+    with pytest.raises(openai.NotFoundError, match="no model `gpt-x`"):
+        client.completions.create(prompt="x", model="gpt-x")
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.completions.create(prompt="x", model=base.id, temperature=-1)
+
+
+def test_cohere(address: str, order: list[tuple[int, float]]) -> None:
+    cohere = pytest.importorskip("cohere")
+    client = cohere.ClientV2(api_key=KEY, base_url=address)
+    answer = client.rerank(model="rerank-v3.5", query=QUERY, documents=TEXTS, top_n=2)
+    assert [(r.index, r.relevance_score) for r in answer.results] == order[:2]
+    old = cohere.Client(api_key=KEY, base_url=address)
+    documents = [{"text": text} for text in TEXTS]
+    found = old.rerank(model="rerank-v3.5", query=QUERY, documents=documents, return_documents=True)
+    assert [(r.index, r.relevance_score) for r in found.results] == order
+    assert found.results[0].document.text == TEXTS[order[0][0]]
+
+
+def test_voyage(address: str, order: list[tuple[int, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+    voyageai = pytest.importorskip("voyageai")
+    client = voyageai.Client(api_key=KEY, max_retries=0, base_url=f"{address}/v1")
+    found = client.rerank(QUERY, TEXTS, model="rerank-2", top_k=2)
+    assert [(r.index, r.relevance_score) for r in found.results] == order[:2]
+    assert found.results[0].document == TEXTS[order[0][0]]
+    assert found.total_tokens > 0

@@ -83,3 +83,32 @@ def test_voyage(address: str, order: list[tuple[int, float]], monkeypatch: pytes
     assert [(r.index, r.relevance_score) for r in found.results] == order[:2]
     assert found.results[0].document == TEXTS[order[0][0]]
     assert found.total_tokens > 0
+
+
+def test_our_own_client(address: str, order: list[tuple[int, float]]) -> None:
+    from uma_engine import Candidate
+    from uma_engine.client import Client
+    from uma_engine.errors import EngineUnavailable, InvalidRequest, UmaError, UnknownAdapter
+
+    with Client(address, key=KEY) as client:
+        people = [Candidate(f"p{i}", text, {"rate": i}) for i, text in enumerate(TEXTS)]
+        found = client.rank(QUERY, people, top_n=2)
+        assert [(r.id, r.score) for r in found] == [(f"p{i}", score) for i, score in order[:2]]
+        assert len(found) == 2
+        assert found.warnings
+        assert "rerank-2" in client.models()
+        events = list(client.rank_stream(QUERY, TEXTS, deliberate=3))
+        assert [e["event"] for e in events] == ["scores", "deliberated", "answer"]
+        with pytest.raises(UnknownAdapter, match="`ghost`"):
+            client.rank(QUERY, TEXTS, adapter="ghost")
+        with pytest.raises(InvalidRequest, match="query"):
+            client.rank(" ", TEXTS)
+        with pytest.raises(InvalidRequest, match="query"):
+            list(client.rank_stream(" ", TEXTS))
+        with pytest.raises(UmaError) as error:
+            client.load_adapter("x", "x")
+        assert error.value.status == 403
+    with Client(address) as nobody, pytest.raises(UmaError, match="a key is needed"):
+        nobody.rank(QUERY, TEXTS)
+    with Client("http://127.0.0.1:9", timeout=2) as nowhere, pytest.raises(EngineUnavailable, match="no answer came"):
+        nowhere.models()

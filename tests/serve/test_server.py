@@ -301,3 +301,21 @@ def test_keys_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(InvalidRequest) as error:
             read_keys(tmp_path / "k")
         assert RANK not in str(error.value)
+
+
+def test_the_asynchronous_client(client: Client, engine: Engine) -> None:
+    from uma_engine.client import AsyncClient
+
+    expected = engine.rank(QUERY, TEXTS)
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(make_app(client.engine))
+        async with AsyncClient("http://test", transport=transport) as other:
+            found = await other.rank(QUERY, TEXTS)
+            assert [(r.index, r.score) for r in found] == [(r.index, r.score) for r in expected.results]
+            assert [e["event"] async for e in other.rank_stream(QUERY, TEXTS)] == ["scores", "answer"]
+            assert (await other.models())[0] == engine.model
+            with pytest.raises(InvalidRequest):
+                await other.rank("", TEXTS)
+
+    client.run(ask())

@@ -145,6 +145,20 @@ class Client:
     def unload_adapter(self, name: str) -> None:
         self._ask("DELETE", f"/admin/adapters/{name}")
 
+    def swap(
+        self, model: str, adapters: Mapping[str, str] | None = None, *, exclusive: bool = False, wait: bool = True
+    ) -> dict[str, Any]:
+        """Swap the base while requests run; the status, at its end with `wait`. Needs an `admin` key."""
+        body = {"model": model, "adapters": dict(adapters or {}), "exclusive": exclusive, "wait": wait}
+        return cast(dict[str, Any], self._ask("POST", "/admin/swap", body))
+
+    def swap_status(self) -> dict[str, Any]:
+        return cast(dict[str, Any], self._ask("GET", "/admin/swap/status"))
+
+    def rollback(self) -> dict[str, Any]:
+        """The base before is the current one again."""
+        return cast(dict[str, Any], self._ask("POST", "/admin/swap/rollback"))
+
     def close(self) -> None:
         self._http.close()
 
@@ -194,6 +208,18 @@ class AsyncClient:
 
     async def unload_adapter(self, name: str) -> None:
         await self._ask("DELETE", f"/admin/adapters/{name}")
+
+    async def swap(
+        self, model: str, adapters: Mapping[str, str] | None = None, *, exclusive: bool = False, wait: bool = True
+    ) -> dict[str, Any]:
+        body = {"model": model, "adapters": dict(adapters or {}), "exclusive": exclusive, "wait": wait}
+        return cast(dict[str, Any], await self._ask("POST", "/admin/swap", body))
+
+    async def swap_status(self) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._ask("GET", "/admin/swap/status"))
+
+    async def rollback(self) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._ask("POST", "/admin/swap/rollback"))
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -192,8 +192,23 @@ def _parser() -> argparse.ArgumentParser:
         "--check", action="store_true", help="say what is wrong with the configuration, and do not start"
     )
     serve.add_argument("--log", metavar="FILE", help="keep every ranking in this decision log")
+    serve.add_argument("--state", metavar="FILE", help="keep which base answers, so that a restart has the last swap's")
     _model_options(serve)
     serve.set_defaults(run=_lazy("serve"))
+
+    swap = commands.add_parser("swap", help="swap a server's base while requests run")
+    swap.add_argument("--address", default="http://127.0.0.1:8000", metavar="URL", help="the server")
+    swap.add_argument("--key", metavar="KEY", help="an `admin` key (default: UMA_API_KEY)")
+    actions = swap.add_subparsers(dest="action", required=True, metavar="ACTION")
+    start = actions.add_parser("start", help="load another base beside the old one, test it, and let it answer")
+    start.add_argument("model", metavar="ID|PATH")
+    start.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH", help="below the adapter root; repeatable"
+    )
+    start.add_argument("--exclusive", action="store_true", help="close the old base first: memory holds one")
+    actions.add_parser("status", help="the base that answers, the one before, and the swap under way")
+    actions.add_parser("rollback", help="the base before answers again, at once")
+    swap.set_defaults(run=_lazy("swap"))
 
     export = commands.add_parser("export", help="write a model as an ONNX graph that gives label logits")
     export.add_argument(

@@ -9,14 +9,15 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
+import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from uma_engine.cli.console import FetchProgress, write_line
-from uma_engine.errors import InvalidRequest, MissingPackage
+from uma_engine.errors import CorruptFile, InvalidRequest, MissingPackage
 
 GRACE_S = 30  # that requests have to end after a signal
 HEAD_BYTES = 16 * 2**10  # of a request's line and headers
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.port < 65536:
         raise InvalidRequest(f"`--port` is {args.port} but must be from 0 to 65535", param="port")
     root = None if args.adapter_root is None else Path(args.adapter_root)
+    state = None if args.state is None else Path(args.state)
+    model, adapters = _started(args.model, state)
     if root is not None and not root.is_dir():
         raise InvalidRequest(f"`{root}` is not a directory", param="adapter-root")
     settings = ServeSettings(
@@ -53,14 +56,27 @@ def run(args: argparse.Namespace) -> int:
         deadline_s=args.deadline,
         adapter_root=root,
         model_aliases=tuple(args.alias),
+        state_file=state,
+        exclusive_swaps=bool(args.log),  # one process writes a log
     )
     if args.check:
-        write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {args.model}")
+        write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {model}")
         return 0
-    return asyncio.run(_serve(args, settings, uvicorn))
+    return asyncio.run(_serve(args, settings, uvicorn, model, adapters))
 
 
-async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any) -> int:
+def _started(model: str, state: Path | None) -> tuple[str, dict[str, str]]:
+    """The base and adapters to start with: those of the last swap where there was one."""
+    if state is None or not state.exists():
+        return model, {}
+    try:
+        kept = json.loads(state.read_text())
+        return str(kept["model"]), {str(n): str(p) for n, p in kept["adapters"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFile(f"the state `{state}` cannot be read: {error}", hint="delete it to start anew") from None
+
+
+async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any, model: str, adapters: Mapping[str, str]) -> int:
     from uma_engine.serve import make_app
     from uma_engine.tasks.api import AsyncEngine
 
@@ -70,13 +86,17 @@ async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any) -> int:
     if args.log:
         options["decision_log"] = args.log
     with FetchProgress() as progress:
-        engine = await asyncio.to_thread(
-            lambda: AsyncEngine(args.model, progress=progress, max_lora_rank=256, **options)
-        )
+        engine = await asyncio.to_thread(lambda: AsyncEngine(model, progress=progress, max_lora_rank=256, **options))
+
+    async def make(other: str) -> AsyncEngine:
+        return await AsyncEngine.create(other, max_lora_rank=256, **options)
+
     async with engine:
+        for name, path in adapters.items():
+            await engine.load_adapter(name, path)
         if args.adapter:
             await engine.load_adapter(Path(args.adapter).resolve().name, args.adapter)
-        app = make_app(engine, settings)
+        app = make_app(engine, settings, make)
         config = uvicorn.Config(
             app,
             host=args.host,

@@ -20,6 +20,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from uma_engine.errors import EngineUnavailable, Overloaded, RequestCancelled, TooLarge, UmaError, UnknownAdapter
+from uma_engine.serve.generations import Generations, Lease, Make
 from uma_engine.serve.metrics import Metrics
 from uma_engine.serve.openapi import document
 from uma_engine.serve.settings import Scope, ServeSettings
@@ -34,16 +35,28 @@ Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
 
 
 class Context:
-    """One request: who asks, and the engine that answers."""
+    """One request: who asks, and the engine that answers. `engine` is there once the request has been admitted, and stays the same."""
 
-    def __init__(self, request: Request, engine: AsyncEngine, settings: ServeSettings, metrics: Metrics) -> None:
+    engine: AsyncEngine
+
+    def __init__(self, request: Request, generations: Generations, settings: ServeSettings, metrics: Metrics) -> None:
         self.request = request
-        self.engine = engine
+        self.generations = generations
+        self.lease: Lease | None = None
         self.settings = settings
         self.metrics = metrics
         self.id = request.headers.get("x-request-id", "")[:64] or secrets.token_hex(8)
         self.tenant = ""
         self.created = int(time.time())
+
+    async def hold(self) -> None:
+        """Take the current generation for as long as the answer lasts."""
+        self.lease = await self.generations.lease()
+        self.engine = self.lease.engine
+
+    def release(self) -> None:
+        if self.lease is not None:
+            self.lease.release()
 
     def model(self, name: str | None) -> tuple[str, str | None]:
         """(the name to answer with, the adapter) of a request's `model`: the base, an alias of it, or a loaded adapter."""
@@ -60,17 +73,18 @@ class Context:
             raise TooLarge(f"`{param}` has {count} entries but {self.settings.max_documents} are the most", param=param)
 
 
-def make_app(engine: AsyncEngine, settings: ServeSettings | None = None) -> Starlette:
-    """The application over an engine that its caller opens and closes."""
-    from uma_engine.serve import openai_routes, ranking_routes
+def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: Make | None = None) -> Starlette:
+    """The application over an engine that its caller opens and closes. `make` opens the engines of other bases, for swaps."""
+    from uma_engine.serve import admin_routes, openai_routes, ranking_routes
 
     settings = settings or ServeSettings()
-    metrics = Metrics(engine)
+    generations = Generations(engine, make, settings.state_file, settings.exclusive_swaps)
+    metrics = Metrics(generations)
     state = {"draining": False}
 
     def route(path: str, handler: Handler, scope: Scope = "rank", methods: tuple[str, ...] = ("POST",)) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await _served(Context(request, engine, settings, metrics), path, handler, scope, state)
+            return await _served(Context(request, generations, settings, metrics), path, handler, scope, state)
 
         return Route(path, endpoint, methods=list(methods))
 
@@ -78,7 +92,7 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None) -> Star
         return PlainTextResponse("ok\n")
 
     async def ready(request: Request) -> Response:
-        if state["draining"] or engine.closed:
+        if state["draining"] or generations.current.engine.closed:
             return PlainTextResponse("draining\n" if state["draining"] else "closed\n", 503)
         return PlainTextResponse("ready\n")
 
@@ -92,6 +106,7 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None) -> Star
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
         state["draining"] = True
+        await generations.close()
 
     routes: list[Route] = [
         Route("/livez", alive),
@@ -99,10 +114,11 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None) -> Star
         Route("/readyz", ready),
         route("/metrics", measured, methods=("GET",)),
         Route("/openapi.json", described),
-        *(route(path, *rest) for path, *rest in (*ranking_routes.ROUTES, *openai_routes.ROUTES)),
+        *(route(path, *rest) for path, *rest in (*ranking_routes.ROUTES, *openai_routes.ROUTES, *admin_routes.ROUTES)),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)
     app.state.drain = lambda: state.update(draining=True)
+    app.state.generations = generations
     return app
 
 
@@ -112,7 +128,11 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
     try:
         _admit(context, scope, state)
         body = await _body(context.request, context.settings.max_body_bytes)
+        await context.hold()
         response = await _until_gone(context.request, handler(context, body))
+        if isinstance(response, StreamingResponse):
+            response.body_iterator = _releasing(response.body_iterator, context.lease)
+            context.lease = None
     except UmaError as failed:
         error = failed
     except ClientDisconnect:
@@ -123,11 +143,23 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
     except Exception:
         logger.exception("request %s failed", context.id)
         error = UmaError("the server failed", hint=f"its log has request {context.id}")
+    finally:
+        context.release()
     if error is not None:
         response = error_response(error)
     response.headers["x-request-id"] = context.id
     context.metrics.done(path, response.status_code, time.perf_counter() - began)
     return response
+
+
+async def _releasing(parts: Any, lease: Lease | None) -> AsyncIterator[Any]:
+    """A stream holds its generation until its end."""
+    try:
+        async for part in parts:
+            yield part
+    finally:
+        if lease is not None:
+            lease.release()
 
 
 def _admit(context: Context, scope: Scope, state: dict[str, bool]) -> None:

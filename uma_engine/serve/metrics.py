@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from uma_engine.tasks.api import AsyncEngine
+    from uma_engine.serve.generations import Generations
     from uma_engine.tasks.results import Usage
 
 __all__ = ["Metrics"]
@@ -21,8 +21,8 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 class Metrics:
     """What happened since the server began. Any thread may count."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, generations: Generations) -> None:
+        self._generations = generations
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._seconds: dict[str, list[float]] = {}  # of each path: counts by bucket, then sum and count
@@ -54,13 +54,17 @@ class Metrics:
             lines.append(f"# TYPE {name} {kind}")
             lines.extend(f"{name}{labels} {value:g}" for labels, value in values)
 
-        counters = self._engine.counters()
+        counters = self._generations.current.engine.counters()
         for name, text in (
             ("num_requests_running", "Requests that have begun."),
             ("num_requests_waiting", "Requests that have not begun."),
             ("kv_cache_usage_perc", "Share of the KV blocks in use."),
         ):
             metric(f"uma:{name}", "gauge", text, [("", counters[name])])
+        current = self._generations.current
+        labels = f'{{model="{current.engine.model}",digest="{current.engine.stack_info().base_digest[:12]}"}}'
+        metric("uma:generation", "gauge", "The base that answers.", [(labels, current.number)])
+        metric("uma:swaps_total", "counter", "Swaps and rollbacks.", [("", self._generations.num_swaps)])
         with self._lock:
             metric(
                 "uma:request_total",

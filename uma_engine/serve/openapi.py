@@ -29,6 +29,7 @@ BODIES: dict[str, tuple[type, str]] = {
     "/v1/completions": (shapes.CompletionRequest, "OpenAI's completions"),
     "/v1/chat/completions": (shapes.ChatRequest, "OpenAI's chat completions"),
     "/admin/adapters": (shapes.AdapterRequest, "Load an adapter from below the server's adapter root"),
+    "/admin/swap": (shapes.SwapRequest, "Swap the base while requests run"),
 }
 OPEN = {"/livez", "/readyz", "/healthz"}
 ERRORS = {

@@ -17,7 +17,7 @@ from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.ranking.assessment import sentence_dict
 from uma_engine.serve.app import Context, answer_json, events
-from uma_engine.serve.shapes import AdapterRequest, RankRequest, RerankRequest, ScoreRequest, decode
+from uma_engine.serve.shapes import RankRequest, RerankRequest, ScoreRequest, decode
 from uma_engine.tasks.results import RankAnswer, RankResult
 
 __all__ = ["ROUTES"]
@@ -39,6 +39,7 @@ async def rank(context: Context, body: bytes) -> Response:
     options["deadline"] = asked.deadline or context.settings.deadline_s
     if asked.labels is not None:
         options["labels"] = asked.labels
+    context.generations.remember(asked.query, [p.text for p in people])
     if not asked.stream:
         options |= {"cascade": asked.cascade, "budget": asked.budget}
         answer = await context.engine.rank(asked.query, people, **options)
@@ -87,6 +88,7 @@ async def _rerank(context: Context, asked: RerankRequest, version: int) -> Respo
     limit = asked.max_tokens_per_doc
     if version == 2 and limit is None:
         limit = DEFAULT_CUT
+    context.generations.remember(asked.query, texts)
     answer = await context.engine.rank(
         asked.query,
         [Candidate(str(i), text) for i, text in enumerate(texts)],
@@ -208,29 +210,6 @@ async def _score_labels(context: Context, asked: ScoreRequest) -> Response:
     return answer_json({"scores": values, "model": asked.model or context.engine.model, "object": "scoring"})
 
 
-async def adapters(context: Context, body: bytes) -> Response:
-    return answer_json({"adapters": context.engine.adapters()})
-
-
-async def load_adapter(context: Context, body: bytes) -> Response:
-    """Load an adapter from below the adapter root: no path leads out of it."""
-    asked = decode(body, AdapterRequest)
-    root = context.settings.adapter_root
-    if root is None:
-        raise InvalidRequest("this server loads no adapters", hint="start it with `--adapter-root DIR`")
-    path = (root / asked.path).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_dir():
-        raise InvalidRequest(f"`{asked.path}` is no adapter below the server's root", param="path")
-    ref = await context.engine.load_adapter(asked.name, path)
-    return answer_json({"name": asked.name, "digest": ref.digest.hex()})
-
-
-async def unload_adapter(context: Context, body: bytes) -> Response:
-    name = context.request.path_params["name"]
-    context.engine.unload_adapter(name)
-    return answer_json({"name": name})
-
-
 ROUTES = (
     ("/v1/rank", rank),
     ("/v1/rerank", rerank),
@@ -238,7 +217,4 @@ ROUTES = (
     ("/v2/rerank", rerank_v2),
     ("/v1/score", score),
     ("/score", score),
-    ("/admin/adapters", load_adapter, "admin"),
-    ("/admin/adapters/{name}", unload_adapter, "admin", ("DELETE",)),
-    ("/v1/adapters", adapters, "rank", ("GET",)),
 )

@@ -45,6 +45,8 @@ class ServeSettings:
     deadline_s: float = 120.0  # of a request that names none
     adapter_root: Path | None = None  # adapters are loaded from below it; None: none over HTTP
     model_aliases: tuple[str, ...] = field(default=())
+    state_file: Path | None = None  # keeps which base answers, over restarts
+    exclusive_swaps: bool = False
 
     def find(self, secret: str) -> Key | None:
         """The key of a secret. Every key is compared, so that time tells nothing."""

@@ -18,6 +18,7 @@ __all__ = [
     "RankRequest",
     "RerankRequest",
     "ScoreRequest",
+    "SwapRequest",
     "decode",
 ]
 
@@ -140,6 +141,15 @@ class AdapterRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     name: str
     path: str
+
+
+class SwapRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """`/admin/swap`: the base to swap to, its adapters by name (paths below the adapter root)."""
+
+    model: str
+    adapters: dict[str, str] = {}
+    exclusive: bool = False
+    wait: bool = False  # answer when the swap has ended
 
 
 def decode(body: bytes, shape: type[T]) -> T:

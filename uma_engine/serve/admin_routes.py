@@ -1,0 +1,76 @@
+"""What an operator does: adapters, and the base that answers.
+
+Knows names and paths below the adapter root; does not know how anything is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from starlette.responses import Response
+
+from uma_engine.errors import InvalidRequest
+from uma_engine.serve.app import Context, answer_json
+from uma_engine.serve.generations import SwapPlan
+from uma_engine.serve.shapes import AdapterRequest, SwapRequest, decode
+
+__all__ = ["ROUTES"]
+
+
+def _below(context: Context, path: str) -> Path:
+    """A directory below the adapter root: no path leads out of it. Errors: InvalidRequest"""
+    root = context.settings.adapter_root
+    if root is None:
+        raise InvalidRequest("this server loads no adapters", hint="start it with `--adapter-root DIR`")
+    try:
+        found = (root / path).resolve()
+        fits = found.is_relative_to(root.resolve()) and found.is_dir()
+    except (OSError, ValueError):
+        fits = False
+    if not fits:
+        raise InvalidRequest(f"`{path}` is no adapter below the server's root", param="path")
+    return found
+
+
+async def adapters(context: Context, body: bytes) -> Response:
+    return answer_json({"adapters": context.engine.adapters()})
+
+
+async def load_adapter(context: Context, body: bytes) -> Response:
+    asked = decode(body, AdapterRequest)
+    ref = await context.engine.load_adapter(asked.name, _below(context, asked.path))
+    return answer_json({"name": asked.name, "digest": ref.digest.hex()})
+
+
+async def unload_adapter(context: Context, body: bytes) -> Response:
+    name = context.request.path_params["name"]
+    context.engine.unload_adapter(name)
+    return answer_json({"name": name})
+
+
+async def swap(context: Context, body: bytes) -> Response:
+    asked = decode(body, SwapRequest)
+    plan = SwapPlan(asked.model, {n: _below(context, p) for n, p in asked.adapters.items()}, asked.exclusive)
+    context.release()  # an exclusive swap waits for every request, and this is one
+    status = context.generations.start(plan)
+    if asked.wait:
+        status = await context.generations.wait()
+    return answer_json(status, 200 if asked.wait else 202)
+
+
+async def swap_status(context: Context, body: bytes) -> Response:
+    return answer_json(context.generations.status())
+
+
+async def rollback(context: Context, body: bytes) -> Response:
+    return answer_json(context.generations.rollback())
+
+
+ROUTES = (
+    ("/v1/adapters", adapters, "rank", ("GET",)),
+    ("/admin/adapters", load_adapter, "admin"),
+    ("/admin/adapters/{name}", unload_adapter, "admin", ("DELETE",)),
+    ("/admin/swap", swap, "admin"),
+    ("/admin/swap/status", swap_status, "admin", ("GET",)),
+    ("/admin/swap/rollback", rollback, "admin"),
+)

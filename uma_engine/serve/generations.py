@@ -1,0 +1,265 @@
+"""The base that answers, and how another one takes its place while requests run.
+
+Knows engines, leases and the phases of a swap; does not know HTTP. A request holds the generation that it began with until its answer is
+whole: no answer mixes two bases, and a swap drops nobody. A new base is loaded beside the old one, tested, and asked what the old one was
+asked lately; then one assignment makes it the current one. The old one stays for a rollback until the next swap.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uma_engine.errors import InvalidRequest, InvariantViolation, UmaError
+from uma_engine.ranking.agreement import kendall_tau
+
+if TYPE_CHECKING:
+    from uma_engine.tasks.api import AsyncEngine
+
+__all__ = ["Busy", "Generation", "Generations", "Lease", "Make", "SwapPlan"]
+
+logger = logging.getLogger("uma_engine.serve")
+SHADOWED = 16  # questions that are remembered, each with so many candidates at most
+JOB = "We need a developer who knows Rust and PostgreSQL."
+PEOPLE = ("Ten years of Rust and databases.", "A careful nurse.", "Paints walls and fixes roofs.")
+Make = Callable[[str], Awaitable["AsyncEngine"]]
+
+
+class Busy(UmaError):
+    """Another swap is under way, or there is nothing to go back to."""
+
+    status = 409
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """`adapters`: by name, below the server's adapter root. `exclusive`: where memory holds one base, requests wait while the old one
+    is closed and the new one loaded; if that fails the old one is loaded again."""
+
+    model: str
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    exclusive: bool = False
+
+
+@dataclass
+class Generation:
+    """One base with its adapters, and how many requests hold it."""
+
+    number: int
+    engine: AsyncEngine
+    plan: SwapPlan
+    held: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def describe(self) -> dict[str, Any]:
+        stack = self.engine.stack_info()
+        return {
+            "generation": self.number,
+            "model": stack.model,
+            "base_digest": stack.base_digest,
+            "adapters": [] if self.engine.closed else self.engine.adapters(),
+            "requests": self.held,
+        }
+
+
+class Lease:
+    """A request's hold on a generation. `release` may be called again."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation: Generation | None = generation
+        self.engine = generation.engine
+        generation.held += 1
+        generation.idle.clear()
+
+    def release(self) -> None:
+        generation, self._generation = self._generation, None
+        if generation is not None:
+            generation.held -= 1
+            if not generation.held:
+                generation.idle.set()
+
+
+class Generations:
+    """The current base, the one before it, and the swap under way. All methods belong to one event loop."""
+
+    def __init__(
+        self, engine: AsyncEngine, make: Make | None = None, state_file: Path | None = None, exclusive: bool = False
+    ) -> None:
+        """`engine` belongs to the caller; `make` opens others, None: no swaps. `state_file` keeps which base answers. `exclusive`: every
+        swap is, since two engines cannot both hold what this one holds, such as a decision log."""
+        self._make = make
+        self._exclusive = exclusive
+        self._state_file = state_file
+        self._first = engine
+        self.current = Generation(1, engine, SwapPlan(engine.model))
+        self.previous: Generation | None = None
+        self._open = asyncio.Event()
+        self._open.set()
+        self._task: asyncio.Task[None] | None = None
+        self._report: dict[str, Any] = {"phase": "idle"}
+        self._asked: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=SHADOWED)
+        self.num_swaps = 0
+
+    async def lease(self) -> Lease:
+        """The current generation; waits while an exclusive swap runs."""
+        await self._open.wait()
+        return Lease(self.current)
+
+    def remember(self, query: str, texts: Sequence[str]) -> None:
+        """What was asked: a new base is asked the same before it takes over. In memory alone."""
+        self._asked.append((query, tuple(texts[:SHADOWED])))
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "current": self.current.describe(),
+            "previous": None if self.previous is None else self.previous.describe(),
+            "swap": dict(self._report),
+            "swaps": self.num_swaps,
+        }
+
+    def start(self, plan: SwapPlan) -> dict[str, Any]:
+        """Begin a swap in the background. Errors: Busy, InvalidRequest where this server cannot"""
+        if self._make is None:
+            raise InvalidRequest("this server swaps no bases", hint="start it with `uma serve`")
+        if self.swapping:
+            raise Busy(f"a swap to `{self._report.get('model')}` is under way", hint="ask `GET /admin/swap/status`")
+        plan = replace(plan, exclusive=plan.exclusive or self._exclusive)
+        self._report = {"phase": "loading", "model": plan.model, "exclusive": plan.exclusive, "began": time.time()}
+        self._task = asyncio.create_task(self._swap(plan))
+        return self.status()
+
+    @property
+    def swapping(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    async def wait(self) -> dict[str, Any]:
+        """The end of the swap under way."""
+        if self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+        return self.status()
+
+    def rollback(self) -> dict[str, Any]:
+        """The base before is the current one again, at once. Errors: Busy"""
+        if self.swapping:
+            raise Busy("a swap is under way", hint="ask `GET /admin/swap/status`, then roll back")
+        if self.previous is None or self.previous.engine.closed:
+            raise Busy("there is no base to go back to", hint="swap to it by name")
+        self.current, self.previous = self.previous, self.current
+        self.num_swaps += 1
+        self._keep()
+        self._report = {"phase": "rolled back", "model": self.current.engine.model}
+        return self.status()
+
+    async def close(self) -> None:
+        """Close every engine that a swap has made."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        for generation in (self.current, self.previous):
+            if generation is not None and generation.engine is not self._first:
+                await generation.engine.close()
+
+    # ---- a swap ----
+
+    async def _swap(self, plan: SwapPlan) -> None:
+        began = time.perf_counter()
+        fresh: AsyncEngine | None = None
+        old = self.current
+        try:
+            if self.previous is not None:  # its memory is needed
+                await self._retire(self.previous)
+                self.previous = None
+            if plan.exclusive:
+                self._phase("draining")
+                self._open.clear()
+                await self._retire(old)
+            self._phase("loading")
+            fresh = await self._loaded(plan)
+            self._phase("testing")
+            await self._tested(fresh)
+            if not plan.exclusive:
+                self._phase("shadowing")
+                self._report["shadow"] = await self._shadowed(old.engine, fresh)
+            # One assignment: a request before it has the old base, one after it the new one.
+            self.current, self.previous = Generation(old.number + 1, fresh, plan), None if plan.exclusive else old
+            self.num_swaps += 1
+            self._keep()
+            self._phase("done")
+        except BaseException as error:
+            logger.warning("the swap to `%s` failed: %s", plan.model, error)
+            if fresh is not None:
+                await asyncio.shield(fresh.close())
+            if plan.exclusive and old.engine.closed:
+                await self._restored(old)
+            self._report |= {"phase": "failed", "error": f"{type(error).__name__}: {error}"}
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._open.set()
+            self._report["seconds"] = round(time.perf_counter() - began, 3)
+
+    def _phase(self, name: str) -> None:
+        self._report["phase"] = name
+
+    async def _loaded(self, plan: SwapPlan) -> AsyncEngine:
+        assert self._make is not None
+        engine = await self._make(plan.model)
+        try:
+            for name, path in plan.adapters.items():
+                await engine.load_adapter(name, path)
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    async def _tested(self, engine: AsyncEngine) -> None:
+        """It answers, in company and alone with the same bits, with and without each adapter."""
+        for adapter in (None, *engine.adapters()):
+            together = await engine.rank(JOB, PEOPLE, adapter=adapter)
+            alone = await engine.rank(JOB, PEOPLE[1:2], adapter=adapter)
+            if alone.all_results[0].logits != together.all_results[1].logits:
+                raise InvariantViolation("the new base gives a candidate another score in company than alone")
+
+    async def _shadowed(self, old: AsyncEngine, fresh: AsyncEngine) -> dict[str, Any]:
+        """How much the order of what was asked lately changes."""
+        taus: list[float] = []
+        for query, texts in list(self._asked):
+            with contextlib.suppress(UmaError):  # too long for the new base, say: that is not the swap's affair
+                before, after = await asyncio.gather(old.rank(query, texts), fresh.rank(query, texts))
+                taus.append(kendall_tau([r.score for r in before.all_results], [r.score for r in after.all_results]))
+        return {"questions": len(taus), "kendall_tau": round(sum(taus) / len(taus), 4) if taus else None}
+
+    async def _retire(self, generation: Generation) -> None:
+        if generation.held:
+            await generation.idle.wait()
+        await generation.engine.close()
+
+    async def _restored(self, old: Generation) -> None:
+        """After an exclusive swap that failed: the base that was closed is loaded again."""
+        try:
+            engine = await asyncio.shield(self._loaded(old.plan))
+        except Exception:
+            logger.exception("the base `%s` could not be loaded again", old.plan.model)
+            return
+        self.current = Generation(old.number, engine, old.plan)
+
+    def _keep(self) -> None:
+        if self._state_file is None:
+            return
+        plan = self.current.plan
+        state = {"model": plan.model, "adapters": {name: str(path) for name, path in plan.adapters.items()}}
+        partial = self._state_file.with_name(f".{self._state_file.name}.part")
+        with partial.open("w") as file:
+            json.dump(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._state_file)

@@ -290,6 +290,72 @@ def test_a_client_who_leaves_takes_the_request_along(client: Client) -> None:
     assert client.engine.counters()["kv_cache_usage_perc"] == 0
 
 
+def test_too_many_of_one_key_are_told_to_come_back(tiny_dir: Path) -> None:  # noqa: F811
+    keys = (Key.of("noisy", "rank", RANK), Key.of("quiet", "rank", ADMIN))
+    client = Client(tiny_dir, keys=keys, max_waiting=3, max_admitted_tokens=1)
+    asked = {"query": QUERY, "candidates": [f"{text} {i}" for i in range(8) for text in TEXTS]}
+
+    async def ask(key: str, data: Any) -> Any:
+        return await client.http.post("/v1/rank", json=data, headers={"authorization": f"Bearer {key}"})
+
+    async def storm() -> list[Any]:
+        return await asyncio.gather(*(ask(RANK, asked) for _ in range(8)), ask(ADMIN, asked))
+
+    try:
+        *noisy, quiet = client.run(storm())
+        assert quiet.status_code == 200
+        codes = sorted(a.status_code for a in noisy)
+        assert set(codes) == {200, 429}
+        assert codes.count(200) >= 4  # one inside and three that wait
+        refused = next(a for a in noisy if a.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "Overloaded"
+        text = client.get("/metrics", RANK).text
+        assert f"uma:requests_refused_total {codes.count(429)}" in text
+        assert "uma:num_requests_queued 0" in text
+        late = client.run(ask(RANK, asked | {"deadline": 1e-9}))
+        assert late.status_code == 504
+    finally:
+        client.close()
+
+
+def test_a_stream_that_nobody_reads_gives_its_place_back(tiny_dir: Path) -> None:  # noqa: F811
+    client = Client(tiny_dir, max_admitted_tokens=1)
+    app = client.http._transport.app
+    body = json.dumps({"query": QUERY, "candidates": TEXTS, "stream": True}).encode()
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/v1/rank",
+        "raw_path": b"/v1/rank", "query_string": b"", "headers": [], "scheme": "http", "server": ("test", 80),
+    }  # fmt: skip
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        raise OSError("the connection is gone")
+
+    async def leave() -> None:
+        first = True
+
+        async def once() -> dict[str, Any]:
+            nonlocal first
+            if first:
+                first = False
+                return await receive()
+            await asyncio.sleep(3600)
+            return {}
+
+        with pytest.raises(BaseException):  # noqa: B017
+            await app(scope, once, send)
+
+    try:
+        client.run(leave())
+        assert app.state.generations.current.held == 0
+        assert client.post("/v1/rank", {"query": QUERY, "candidates": TEXTS}).status_code == 200
+    finally:
+        client.close()
+
+
 def test_keys_are_read_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = Key.of("a", "rank", RANK)
     monkeypatch.setenv("UMA_API_KEYS", f"a rank {RANK}, b admin sha256:{key.digest.hex()}")

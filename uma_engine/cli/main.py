@@ -189,6 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--max-body-mb", type=float, default=8, metavar="N", help="largest request (default: 8)")
     serve.add_argument("--deadline", type=float, default=120, metavar="S", help="seconds of a request (default: 120)")
     serve.add_argument(
+        "--max-waiting", type=int, default=256, metavar="N", help="requests of one key that may wait (default: 256)"
+    )
+    serve.add_argument(
         "--check", action="store_true", help="say what is wrong with the configuration, and do not start"
     )
     serve.add_argument("--log", metavar="FILE", help="keep every ranking in this decision log")

@@ -40,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
             hint="give `--keys FILE`, or listen on 127.0.0.1",
             param="host",
         )
-    for name, value in (("max-body-mb", args.max_body_mb), ("deadline", args.deadline)):
+    for name, value in (
+        ("max-body-mb", args.max_body_mb),
+        ("deadline", args.deadline),
+        ("max-waiting", args.max_waiting),
+    ):
         if not (math.isfinite(value) and value > 0):
             raise InvalidRequest(f"`--{name}` is {value} but must be above 0", param=name)
     if not 0 <= args.port < 65536:
@@ -54,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         keys=keys,
         max_body_bytes=int(args.max_body_mb * 2**20),
         deadline_s=args.deadline,
+        max_waiting=args.max_waiting,
         adapter_root=root,
         model_aliases=tuple(args.alias),
         state_file=state,

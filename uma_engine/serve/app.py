@@ -19,7 +19,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from uma_engine.errors import EngineUnavailable, Overloaded, RequestCancelled, TooLarge, UmaError, UnknownAdapter
+from uma_engine.errors import (
+    DeadlineExceeded,
+    EngineUnavailable,
+    Overloaded,
+    RequestCancelled,
+    TooLarge,
+    UmaError,
+    UnknownAdapter,
+)
+from uma_engine.serve.admission import Admission, Ticket
 from uma_engine.serve.generations import Generations, Lease, Make
 from uma_engine.serve.metrics import Metrics
 from uma_engine.serve.openapi import document
@@ -27,10 +36,13 @@ from uma_engine.serve.settings import Scope, ServeSettings
 
 if TYPE_CHECKING:
     from uma_engine.tasks.api import AsyncEngine
+    from uma_engine.tasks.results import Usage
 
 __all__ = ["Context", "Handler", "answer_json", "error_data", "events", "make_app"]
 
 logger = logging.getLogger("uma_engine.serve")
+BYTES_A_TOKEN = 4  # for the estimate of what a request costs, before it is read
+STEPS_INSIDE = 4  # of prefill, by estimate: enough to fill every step, and little for who comes next to wait for
 Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
 
 
@@ -39,8 +51,17 @@ class Context:
 
     engine: AsyncEngine
 
-    def __init__(self, request: Request, generations: Generations, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        request: Request,
+        generations: Generations,
+        settings: ServeSettings,
+        metrics: Metrics,
+        admission: Admission,
+    ) -> None:
         self.request = request
+        self.admission = admission
+        self.ticket: Ticket | None = None
         self.generations = generations
         self.lease: Lease | None = None
         self.settings = settings
@@ -48,6 +69,25 @@ class Context:
         self.id = request.headers.get("x-request-id", "")[:64] or secrets.token_hex(8)
         self.tenant = ""
         self.created = int(time.time())
+
+    async def wait(self, body: bytes) -> None:
+        """Wait for this tenant's turn."""
+        cost = len(body) / BYTES_A_TOKEN
+        self.ticket = await self.admission.enter(self.tenant, cost, self.settings.deadline_s)
+
+    def deadline(self, asked: float | None = None) -> float:
+        """Seconds that are left of what the request, or else the server, allows."""
+        allowed = self.settings.deadline_s if asked is None else asked
+        waited = 0.0 if self.ticket is None else self.ticket.waited
+        if allowed > 0 and waited >= allowed:
+            raise DeadlineExceeded(f"the request waited {waited:.3f} s and `deadline` is {allowed:g}", param="deadline")
+        return allowed - waited
+
+    def used(self, usage: Usage) -> None:
+        """What an answer, or a part of it, cost: for the metrics, and on the tenant's account."""
+        self.metrics.used(usage)
+        if self.ticket is not None:
+            self.ticket.used(usage.computed_tokens + usage.output_tokens)
 
     async def hold(self) -> None:
         """Take the current generation for as long as the answer lasts."""
@@ -57,6 +97,8 @@ class Context:
     def release(self) -> None:
         if self.lease is not None:
             self.lease.release()
+        if self.ticket is not None:
+            self.ticket.release()
 
     def model(self, name: str | None) -> tuple[str, str | None]:
         """(the name to answer with, the adapter) of a request's `model`: the base, an alias of it, or a loaded adapter."""
@@ -79,12 +121,15 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: M
 
     settings = settings or ServeSettings()
     generations = Generations(engine, make, settings.state_file, settings.exclusive_swaps)
-    metrics = Metrics(generations)
+    inside = settings.max_admitted_tokens or STEPS_INSIDE * engine.config.max_num_batched_tokens
+    admission = Admission(inside, settings.max_waiting)
+    metrics = Metrics(generations, admission)
     state = {"draining": False}
 
     def route(path: str, handler: Handler, scope: Scope = "rank", methods: tuple[str, ...] = ("POST",)) -> Route:
         async def endpoint(request: Request) -> Response:
-            return await _served(Context(request, generations, settings, metrics), path, handler, scope, state)
+            context = Context(request, generations, settings, metrics, admission)
+            return await _served(context, path, handler, scope, state)
 
         return Route(path, endpoint, methods=list(methods))
 
@@ -125,14 +170,13 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: M
 async def _served(context: Context, path: str, handler: Handler, scope: Scope, state: dict[str, bool]) -> Response:
     began = time.perf_counter()
     error: UmaError | None = None
+    held = True
     try:
         _admit(context, scope, state)
         body = await _body(context.request, context.settings.max_body_bytes)
-        await context.hold()
-        response = await _until_gone(context.request, handler(context, body))
+        response = await _until_gone(context.request, _answered(context, handler, scope, body))
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _releasing(response.body_iterator, context.lease)
-            context.lease = None
+            response, held = _Held(response, context), False
     except UmaError as failed:
         error = failed
     except ClientDisconnect:
@@ -144,7 +188,8 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
         logger.exception("request %s failed", context.id)
         error = UmaError("the server failed", hint=f"its log has request {context.id}")
     finally:
-        context.release()
+        if held:
+            context.release()
     if error is not None:
         response = error_response(error)
     response.headers["x-request-id"] = context.id
@@ -152,14 +197,26 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
     return response
 
 
-async def _releasing(parts: Any, lease: Lease | None) -> AsyncIterator[Any]:
-    """A stream holds its generation until its end."""
-    try:
-        async for part in parts:
-            yield part
-    finally:
-        if lease is not None:
-            lease.release()
+async def _answered(context: Context, handler: Handler, scope: Scope, body: bytes) -> Response:
+    if scope == "rank" and context.request.method == "POST":  # the others cost the engine nothing
+        await context.wait(body)
+    await context.hold()
+    return await handler(context, body)
+
+
+class _Held(Response):
+    """A stream that holds its generation and its place until it has ended, also one that a client left before it began."""
+
+    def __init__(self, stream: StreamingResponse, context: Context) -> None:
+        self.stream, self.context = stream, context
+        self.status_code, self.background = stream.status_code, None
+        self.raw_headers = stream.raw_headers
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self.stream(scope, receive, send)
+        finally:
+            self.context.release()
 
 
 def _admit(context: Context, scope: Scope, state: dict[str, bool]) -> None:

@@ -10,6 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from uma_engine.serve.admission import Admission
     from uma_engine.serve.generations import Generations
     from uma_engine.tasks.results import Usage
 
@@ -21,8 +22,9 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 class Metrics:
     """What happened since the server began. Any thread may count."""
 
-    def __init__(self, generations: Generations) -> None:
+    def __init__(self, generations: Generations, admission: Admission) -> None:
         self._generations = generations
+        self._admission = admission
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, int]] = Counter()
         self._seconds: dict[str, list[float]] = {}  # of each path: counts by bucket, then sum and count
@@ -61,6 +63,13 @@ class Metrics:
             ("kv_cache_usage_perc", "Share of the KV blocks in use."),
         ):
             metric(f"uma:{name}", "gauge", text, [("", counters[name])])
+        door = self._admission
+        metric(
+            "uma:num_requests_queued", "gauge", "Requests that wait for their tenant's turn.", [("", door.num_waiting)]
+        )
+        metric("uma:fairness_lag_tokens", "gauge", "Between the most and the least served who wait.", [("", door.lag)])
+        metric("uma:requests_refused_total", "counter", "Requests told to come back later.", [("", door.refused)])
+        metric("uma:drain_tokens_per_second", "gauge", "What Retry-After is computed from.", [("", door.rate() or 0.0)])
         current = self._generations.current
         labels = f'{{model="{current.engine.model}",digest="{current.engine.stack_info().base_digest[:12]}"}}'
         metric("uma:generation", "gauge", "The base that answers.", [(labels, current.number)])

@@ -121,7 +121,7 @@ async def _complete(
     model, adapter = context.model(name)
     kind = "chat.completion" if chat else "text_completion"
     head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{context.id}", "created": context.created, "model": model}
-    asked: dict[str, Any] = {"adapter": adapter, "deadline": context.settings.deadline_s, "tenant": context.tenant}
+    asked: dict[str, Any] = {"adapter": adapter, "deadline": context.deadline(), "tenant": context.tenant}
     if stream:
         with_usage = bool((stream_options or {}).get("include_usage"))
         kind = "chat.completion.chunk" if chat else kind
@@ -135,7 +135,7 @@ async def _complete(
         choices.append(
             {"index": index, **said, "finish_reason": REASONS.get(completion.finish_reason, "stop"), "logprobs": None}
         )
-        context.metrics.used(completion.usage)
+        context.used(completion.usage)
     prompt, output = (sum(getattr(c.usage, f) for c in done) for f in ("prompt_tokens", "output_tokens"))
     usage = {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
     return answer_json({**head, "object": kind, "choices": choices, "usage": usage})

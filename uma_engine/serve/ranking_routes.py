@@ -36,14 +36,14 @@ async def rank(context: Context, body: bytes) -> Response:
     named = ("top_n", "instruction", "max_tokens_per_candidate", "surface", "job_facts", "explain_top", "deliberate")
     options: dict[str, Any] = {name: getattr(asked, name) for name in named}
     options |= {"adapter": asked.adapter or adapter, "explain": asked.explain, "tenant": context.tenant}
-    options["deadline"] = asked.deadline or context.settings.deadline_s
+    options["deadline"] = context.deadline(asked.deadline)
     if asked.labels is not None:
         options["labels"] = asked.labels
     context.generations.remember(asked.query, [p.text for p in people])
     if not asked.stream:
         options |= {"cascade": asked.cascade, "budget": asked.budget}
         answer = await context.engine.rank(asked.query, people, **options)
-        context.metrics.used(answer.usage)
+        context.used(answer.usage)
         return answer_json({"id": context.id, **answer.to_dict()})
     if asked.cascade is not None:
         raise InvalidRequest("`stream` and `cascade` are given", hint="ask for one of them", param="stream")
@@ -65,7 +65,7 @@ async def _rank_events(
             }
         elif event.answer is not None:
             if event.kind == "answer":
-                context.metrics.used(event.answer.usage)
+                context.used(event.answer.usage)
             data["answer"] = event.answer.to_dict()
         yield msgspec.json.encode(data)
 
@@ -95,10 +95,10 @@ async def _rerank(context: Context, asked: RerankRequest, version: int) -> Respo
         adapter=adapter,
         top_n=top_n,
         max_tokens_per_candidate=limit,
-        deadline=context.settings.deadline_s,
+        deadline=context.deadline(),
         tenant=context.tenant,
     )
-    context.metrics.used(answer.usage)
+    context.used(answer.usage)
     if not (asked.truncate and asked.truncation) and any(r.truncated_tokens for r in answer.all_results):
         raise InvalidRequest("a document is longer than the model's context and may not be cut", param="documents")
     return answer_json(_reranked(context, asked, answer, texts, model, version))
@@ -175,9 +175,9 @@ async def score(context: Context, body: bytes) -> Response:
         places = [i for i in range(len(documents)) if queries[i if len(queries) > 1 else 0] == query]
         people = [Candidate(str(i), documents[i]) for i in places]
         answer = await context.engine.rank(
-            query, people, adapter=adapter, deadline=context.settings.deadline_s, tenant=context.tenant
+            query, people, adapter=adapter, deadline=context.deadline(), tenant=context.tenant
         )
-        context.metrics.used(answer.usage)
+        context.used(answer.usage)
         tokens += answer.usage.prompt_tokens
         for place, result in zip(places, answer.all_results, strict=True):
             scores[place] = result.score
@@ -204,7 +204,7 @@ async def _score_labels(context: Context, asked: ScoreRequest) -> Response:
     tokenizer = context.engine.tokenizer
     words = [tokenizer.decode([token]) for token in asked.label_token_ids]
     found = await context.engine.score(
-        asked.query, items, labels=words, adapter=adapter, deadline=context.settings.deadline_s, tenant=context.tenant
+        asked.query, items, labels=words, adapter=adapter, deadline=context.deadline(), tenant=context.tenant
     )
     values = [list(s.probabilities if asked.apply_softmax else s.logits) for s in found]
     return answer_json({"scores": values, "model": asked.model or context.engine.model, "object": "scoring"})

@@ -43,6 +43,8 @@ class ServeSettings:
     max_documents: int = 4096
     max_tokens: int = 4096
     deadline_s: float = 120.0  # of a request that names none
+    max_waiting: int = 256  # requests of one key; more are told to come back
+    max_admitted_tokens: int | None = None  # inside the engine together, by estimate; None: four of its steps
     adapter_root: Path | None = None  # adapters are loaded from below it; None: none over HTTP
     model_aliases: tuple[str, ...] = field(default=())
     state_file: Path | None = None  # keeps which base answers, over restarts

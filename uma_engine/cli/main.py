@@ -18,6 +18,7 @@ from uma_engine.catalog import DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
 from uma_engine.cli.index import add_commands as add_index_commands
 from uma_engine.cli.record import add_commands as add_record_commands
+from uma_engine.cli.serve_options import add_command as add_serve_command
 from uma_engine.config import DEVICES, DTYPES, LOG_CONTENTS, PRECISIONS
 from uma_engine.errors import UmaError
 
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a character must not cost the answer
     try:
+        if configure := getattr(args, "configure", None):  # more defaults, from a file and the environment
+            configure(args)
+            args = parser.parse_args(argv)
         return args.run(args)
     except UmaError as error:
         _say(f"error: {error}")
@@ -174,30 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(bench)
     bench.set_defaults(run=_lazy("bench"))
 
-    serve = commands.add_parser("serve", help="answer over HTTP")
-    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    serve.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
-    serve.add_argument(
-        "--keys", metavar="FILE", help="API keys, a line each: NAME, `rank` or `admin`, SECRET (or UMA_API_KEYS)"
-    )
-    serve.add_argument(
-        "--adapter-root", metavar="DIR", help="adapters may be loaded from below this directory over HTTP"
-    )
-    serve.add_argument(
-        "--alias", action="append", default=[], metavar="NAME", help="another name of the base; repeatable"
-    )
-    serve.add_argument("--max-body-mb", type=float, default=8, metavar="N", help="largest request (default: 8)")
-    serve.add_argument("--deadline", type=float, default=120, metavar="S", help="seconds of a request (default: 120)")
-    serve.add_argument(
-        "--max-waiting", type=int, default=256, metavar="N", help="requests of one key that may wait (default: 256)"
-    )
-    serve.add_argument(
-        "--check", action="store_true", help="say what is wrong with the configuration, and do not start"
-    )
-    serve.add_argument("--log", metavar="FILE", help="keep every ranking in this decision log")
-    serve.add_argument("--state", metavar="FILE", help="keep which base answers, so that a restart has the last swap's")
-    _model_options(serve)
-    serve.set_defaults(run=_lazy("serve"))
+    add_serve_command(commands, _model_options)
 
     swap = commands.add_parser("swap", help="swap a server's base while requests run")
     swap.add_argument("--address", default="http://127.0.0.1:8000", metavar="URL", help="the server")

@@ -12,6 +12,7 @@ import ipaddress
 import json
 import math
 import signal
+import ssl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,24 @@ def run(args: argparse.Namespace) -> int:
         state_file=state,
         exclusive_swaps=bool(args.log),  # one process writes a log
     )
+    tls = _tls(args.tls_cert, args.tls_key)
     if args.check:
         write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {model}")
         return 0
-    return asyncio.run(_serve(args, settings, uvicorn, model, adapters))
+    return asyncio.run(_serve(args, settings, uvicorn, model, adapters, tls))
+
+
+def _tls(certificate: str | None, key: str | None) -> dict[str, str]:
+    """What uvicorn needs to answer over TLS; empty without. The pair is tried at once. Errors: InvalidRequest"""
+    if certificate is None and key is None:
+        return {}
+    if certificate is None or key is None:
+        raise InvalidRequest("`--tls-cert` and `--tls-key` belong together", param="tls-cert")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidRequest(f"`{certificate}` and `{key}` are no pair: {error}", param="tls-cert") from None
+    return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
 def _started(model: str, state: Path | None) -> tuple[str, dict[str, str]]:
@@ -81,7 +96,14 @@ def _started(model: str, state: Path | None) -> tuple[str, dict[str, str]]:
         raise CorruptFile(f"the state `{state}` cannot be read: {error}", hint="delete it to start anew") from None
 
 
-async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any, model: str, adapters: Mapping[str, str]) -> int:
+async def _serve(
+    args: argparse.Namespace,
+    settings: Any,
+    uvicorn: Any,
+    model: str,
+    adapters: Mapping[str, str],
+    tls: Mapping[str, str],
+) -> int:
     from uma_engine.serve import make_app
     from uma_engine.tasks.api import AsyncEngine
 
@@ -113,6 +135,7 @@ async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any, model: s
             timeout_graceful_shutdown=GRACE_S,
             h11_max_incomplete_event_size=HEAD_BYTES,
             http="h11",
+            **tls,
         )
         server = uvicorn.Server(config)
         # uvicorn would end the process by the signal that it got: here a signal means finish what has begun, and exit with 0.
@@ -122,7 +145,9 @@ async def _serve(args: argparse.Namespace, settings: Any, uvicorn: Any, model: s
             await asyncio.sleep(0.02)
         if server.started:
             port = server.servers[0].sockets[0].getsockname()[1]
-            write_line(f"{engine.model} at http://{args.host}:{port}, {len(settings.keys)} keys")
+            write_line(
+                f"{engine.model} at {'https' if tls else 'http'}://{args.host}:{port}, {len(settings.keys)} keys"
+            )
         await task
     return 0
 

@@ -117,7 +117,7 @@ class Context:
 
 def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: Make | None = None) -> Starlette:
     """The application over an engine that its caller opens and closes. `make` opens the engines of other bases, for swaps."""
-    from uma_engine.serve import admin_routes, openai_routes, ranking_routes
+    from uma_engine.serve import admin_routes, console, openai_routes, ranking_routes
 
     settings = settings or ServeSettings()
     generations = Generations(engine, make, settings.state_file, settings.exclusive_swaps)
@@ -145,7 +145,7 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: M
         return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def described(request: Request) -> Response:
-        return answer_json(document([(r.path, sorted(r.methods or ())) for r in routes]))
+        return answer_json(document([(r.path, sorted(r.methods or ())) for r in routes if r.path not in console.FILES]))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -159,6 +159,7 @@ def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: M
         Route("/readyz", ready),
         route("/metrics", measured, methods=("GET",)),
         Route("/openapi.json", described),
+        *console.routes(),
         *(route(path, *rest) for path, *rest in (*ranking_routes.ROUTES, *openai_routes.ROUTES, *admin_routes.ROUTES)),
     ]
     app = Starlette(routes=routes, lifespan=lifespan)

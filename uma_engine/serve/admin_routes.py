@@ -38,13 +38,16 @@ async def adapters(context: Context, body: bytes) -> Response:
 
 async def load_adapter(context: Context, body: bytes) -> Response:
     asked = decode(body, AdapterRequest)
-    ref = await context.engine.load_adapter(asked.name, _below(context, asked.path))
+    path = _below(context, asked.path)
+    ref = await context.engine.load_adapter(asked.name, path)
+    context.generations.keep_adapter(asked.name, path)
     return answer_json({"name": asked.name, "digest": ref.digest.hex()})
 
 
 async def unload_adapter(context: Context, body: bytes) -> Response:
     name = context.request.path_params["name"]
     context.engine.unload_adapter(name)
+    context.generations.keep_adapter(name, None)
     return answer_json({"name": name})
 
 

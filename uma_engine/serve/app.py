@@ -28,21 +28,24 @@ from uma_engine.errors import (
     UmaError,
     UnknownAdapter,
 )
+from uma_engine.serve import console
 from uma_engine.serve.admission import Admission, Ticket
-from uma_engine.serve.generations import Generations, Lease, Make
+from uma_engine.serve.generations import Generations, Lease, Make, SwapPlan
 from uma_engine.serve.metrics import Metrics
 from uma_engine.serve.openapi import document
-from uma_engine.serve.settings import Scope, ServeSettings
+from uma_engine.serve.settings import Key, Scope, ServeSettings
 
 if TYPE_CHECKING:
     from uma_engine.tasks.api import AsyncEngine
     from uma_engine.tasks.results import Usage
 
-__all__ = ["Context", "Handler", "answer_json", "error_data", "events", "make_app"]
+__all__ = ["CREATED", "OPEN", "Context", "Handler", "answer_json", "error_data", "error_response", "events", "find_key", "make_app", "read_body"]
 
 logger = logging.getLogger("uma_engine.serve")
 BYTES_A_TOKEN = 4  # for the estimate of what a request costs, before it is read
 STEPS_INSIDE = 4  # of prefill, by estimate: enough to fill every step, and little for who comes next to wait for
+CREATED = "x-uma-created"  # set by a front end, so that an answer that is given again has the same time in it
+OPEN = frozenset({"/livez", "/healthz", "/readyz", "/openapi.json", *console.FILES})  # without a key
 Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
 
 
@@ -68,7 +71,8 @@ class Context:
         self.metrics = metrics
         self.id = request.headers.get("x-request-id", "")[:64] or secrets.token_hex(8)
         self.tenant = ""
-        self.created = int(time.time())
+        told = request.headers.get(CREATED, "") if settings.behind_front_end else ""
+        self.created = int(told) if told.isdigit() else int(time.time())
 
     async def wait(self, body: bytes) -> None:
         """Wait for this tenant's turn."""
@@ -115,12 +119,18 @@ class Context:
             raise TooLarge(f"`{param}` has {count} entries but {self.settings.max_documents} are the most", param=param)
 
 
-def make_app(engine: AsyncEngine, settings: ServeSettings | None = None, make: Make | None = None) -> Starlette:
-    """The application over an engine that its caller opens and closes. `make` opens the engines of other bases, for swaps."""
-    from uma_engine.serve import admin_routes, console, openai_routes, ranking_routes
+def make_app(
+    engine: AsyncEngine,
+    settings: ServeSettings | None = None,
+    make: Make | None = None,
+    plan: SwapPlan | None = None,
+) -> Starlette:
+    """The application over an engine that its caller opens and closes. `make` opens the engines of other bases, for swaps; `plan` is what
+    this one was made from."""
+    from uma_engine.serve import admin_routes, openai_routes, ranking_routes
 
     settings = settings or ServeSettings()
-    generations = Generations(engine, make, settings.state_file, settings.exclusive_swaps)
+    generations = Generations(engine, make, settings.state_file, settings.exclusive_swaps, plan)
     inside = settings.max_admitted_tokens or STEPS_INSIDE * engine.config.max_num_batched_tokens
     admission = Admission(inside, settings.max_waiting)
     metrics = Metrics(generations, admission)
@@ -174,7 +184,7 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
     held = True
     try:
         _admit(context, scope, state)
-        body = await _body(context.request, context.settings.max_body_bytes)
+        body = await read_body(context.request, context.settings.max_body_bytes)
         response = await _until_gone(context.request, _answered(context, handler, scope, body))
         if isinstance(response, StreamingResponse):
             response, held = _Held(response, context), False
@@ -221,12 +231,8 @@ class _Held(Response):
 
 
 def _admit(context: Context, scope: Scope, state: dict[str, bool]) -> None:
-    settings = context.settings
-    if settings.keys:
-        scheme, _, secret = context.request.headers.get("authorization", "").partition(" ")
-        key = settings.find(secret.strip()) if scheme.lower() == "bearer" else None
-        if key is None:
-            raise Unauthorised("a key is needed", hint="send `Authorization: Bearer KEY`")
+    key = find_key(context.request, context.settings)
+    if key is not None:
         if scope == "admin" and key.scope != "admin":
             raise Forbidden(f"key `{key.name}` may not do this", hint="use a key of scope `admin`")
         context.tenant = key.name
@@ -234,6 +240,17 @@ def _admit(context: Context, scope: Scope, state: dict[str, bool]) -> None:
         raise Forbidden("this server has no keys, and nobody may change it", hint="start it with an `admin` key")
     if state["draining"]:
         raise EngineUnavailable("the server is shutting down", hint="ask another one")
+
+
+def find_key(request: Request, settings: ServeSettings) -> Key | None:
+    """Whose key a request has; None where the server has no keys. Errors: Unauthorised"""
+    if not settings.keys:
+        return None
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    key = settings.find(secret.strip()) if scheme.lower() == "bearer" else None
+    if key is None:
+        raise Unauthorised("a key is needed", hint="send `Authorization: Bearer KEY`")
+    return key
 
 
 class Unauthorised(UmaError):
@@ -248,7 +265,8 @@ class Forbidden(UmaError):
     status = 403
 
 
-async def _body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int) -> bytes:
+    """A request's body. Errors: TooLarge"""
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > most:
         raise TooLarge(f"the body has {declared} bytes but {most} are the most")

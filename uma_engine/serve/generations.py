@@ -92,15 +92,20 @@ class Generations:
     """The current base, the one before it, and the swap under way. All methods belong to one event loop."""
 
     def __init__(
-        self, engine: AsyncEngine, make: Make | None = None, state_file: Path | None = None, exclusive: bool = False
+        self,
+        engine: AsyncEngine,
+        make: Make | None = None,
+        state_file: Path | None = None,
+        exclusive: bool = False,
+        plan: SwapPlan | None = None,
     ) -> None:
         """`engine` belongs to the caller; `make` opens others, None: no swaps. `state_file` keeps which base answers. `exclusive`: every
-        swap is, since two engines cannot both hold what this one holds, such as a decision log."""
+        swap is, since two engines cannot both hold what this one holds, such as a decision log. `plan`: what `engine` was made from."""
         self._make = make
         self._exclusive = exclusive
         self._state_file = state_file
         self._first = engine
-        self.current = Generation(1, engine, SwapPlan(engine.model))
+        self.current = Generation(1, engine, plan or SwapPlan(engine.model))
         self.previous: Generation | None = None
         self._open = asyncio.Event()
         self._open.set()
@@ -146,6 +151,13 @@ class Generations:
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
         return self.status()
+
+    def keep_adapter(self, name: str, path: Path | None) -> None:
+        """The current base has another adapter, or (None) one less: a restart loads what there is."""
+        plan = self.current.plan
+        adapters = {n: p for n, p in plan.adapters.items() if n != name} | ({} if path is None else {name: path})
+        self.current.plan = replace(plan, adapters=adapters)
+        self._keep()
 
     def rollback(self) -> dict[str, Any]:
         """The base before is the current one again, at once. Errors: Busy"""

@@ -49,6 +49,7 @@ class ServeSettings:
     model_aliases: tuple[str, ...] = field(default=())
     state_file: Path | None = None  # keeps which base answers, over restarts
     exclusive_swaps: bool = False
+    behind_front_end: bool = False  # requests come from this server's own front ends
 
     def find(self, secret: str) -> Key | None:
         """The key of a secret. Every key is compared, so that time tells nothing."""

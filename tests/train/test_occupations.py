@@ -16,9 +16,10 @@ SOCS = {"train": "11-1011.00", "dev": "21-2011.00", "test": "15-1252.00"}
 
 
 def by_shared_words(texts, corpus, say):
-    """A first stage for tests: the corpus by the number of shared words, ties by id."""
+    """A first stage for tests: the corpus by the number of shared words, ties by id; that number is the prior."""
     words = {doc: set(text.lower().split()) for doc, text in corpus.items()}
-    return [sorted(corpus, key=lambda d: (-len(words[d] & set(text.lower().split())), d)) for text in texts]
+    shared = [{doc: float(len(words[doc] & set(text.lower().split()))) for doc in corpus} for text in texts]
+    return [(sorted(corpus, key=lambda d: (-odds[d], d)), odds) for odds in shared]
 
 
 @pytest.fixture
@@ -72,7 +73,11 @@ def test_what_answers_a_dev_job_is_no_candidate_in_training(source, tmp_path):
 
 def test_who_fits_and_was_not_found_is_in_the_ideal_order(source, tmp_path, monkeypatch):
     monkeypatch.setattr(occupations, "POOL", 2)
-    build(source, tmp_path / "out", first_stage=lambda texts, corpus, say: [["cook", "both", "clergy"] for _ in texts])
+    build(
+        source,
+        tmp_path / "out",
+        first_stage=lambda texts, corpus, say: [(["cook", "both", "clergy"], {}) for _ in texts],
+    )
     (group, _) = read_groups(tmp_path / "out/dev.jsonl")
     assert [c.grade for c in group.candidates] == [0, 1]
     assert sorted(group.ideal) == [0, 1, 3]

@@ -39,7 +39,19 @@ if TYPE_CHECKING:
     from uma_engine.tasks.api import AsyncEngine
     from uma_engine.tasks.results import Usage
 
-__all__ = ["CREATED", "OPEN", "Context", "Handler", "answer_json", "error_data", "error_response", "events", "find_key", "make_app", "read_body"]
+__all__ = [
+    "CREATED",
+    "OPEN",
+    "Context",
+    "Handler",
+    "answer_json",
+    "error_data",
+    "error_response",
+    "events",
+    "find_key",
+    "make_app",
+    "read_body",
+]
 
 logger = logging.getLogger("uma_engine.serve")
 BYTES_A_TOKEN = 4  # for the estimate of what a request costs, before it is read

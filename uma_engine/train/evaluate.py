@@ -21,7 +21,7 @@ __all__ = ["RankedGroup", "rank_groups"]
 
 @dataclass(frozen=True, slots=True)
 class RankedGroup:
-    """One job: its nDCG@10, and each candidate's score and margin in the group's order."""
+    """One job: its nDCG@10 with priors, and each candidate's score and margin without them, in the group's order."""
 
     id: str
     ndcg: float
@@ -55,7 +55,8 @@ def rank_groups(
         )
         scores = tuple(r.score for r in answer.all_results)
         margins = tuple(r.logits[0] - r.logits[1] for r in answer.all_results)
-        order = ranked_grades(margins, [c.grade for c in judged])
+        odds = [m + c.prior for m, c in zip(margins, judged, strict=True)]
+        order = ranked_grades(odds, [c.grade for c in judged])
         ranked.append(RankedGroup(group.id, ndcg(order, group.ideal), scores, margins))
         done(number)
     return ranked

@@ -2,7 +2,8 @@
 
     {"id": "15-1252.00/tasks", "job": "...", "candidates": [{"id": "2512.4", "text": "...", "grade": 3}, ...], "missed": [2, 1]}
 
-`missed`, which may be left out: grades of those who fit and are no candidates here, since a first stage did not find them.
+`missed`, which may be left out: grades of those who fit and are no candidates here, since a first stage did not find them. A candidate may
+have a `prior`: log-odds of fitting that were known before reading, such as a first stage's; training and ranking add them to the model's.
 Knows the file's form and what an epoch draws from a job; does not know tokens.
 """
 
@@ -10,26 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = ["Group", "Judged", "file_digest", "read_groups", "write_groups"]
+__all__ = ["Group", "Judged", "file_digest", "read_groups", "spread", "write_groups"]
 
 MAX_GRADE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A candidate of a job; `grade` is 0 for one that does not fit, and larger for a better fit."""
+    """A candidate of a job; `grade` is 0 for one that does not fit, and larger for a better fit. `prior`: log-odds known before reading."""
 
     id: str
     text: str
     grade: int
+    prior: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +83,15 @@ def read_groups(path: str | Path) -> list[Group]:
     return groups
 
 
+def spread(groups: Sequence[Group], count: int) -> list[Group]:
+    """`count` of the groups, evenly over the list, which may be ordered by what they are about."""
+    return [groups[i * len(groups) // count] for i in range(count)] if count < len(groups) else list(groups)
+
+
 def _group(line: str, where: str) -> Group:
     try:
         data: Any = json.loads(line)
-        candidates = tuple(Judged(c["id"], c["text"], c["grade"]) for c in data["candidates"])
+        candidates = tuple(Judged(c["id"], c["text"], c["grade"], c.get("prior", 0.0)) for c in data["candidates"])
         group = Group(data["id"], data["job"], candidates, tuple(data.get("missed", ())))
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(
@@ -98,6 +106,11 @@ def _group(line: str, where: str) -> Group:
         if isinstance(grade, bool) or not isinstance(grade, int) or not 0 <= grade <= MAX_GRADE:
             raise InvalidRequest(
                 f"{where}: the grade of {of} is `{grade}` but must be an integer from 0 to {MAX_GRADE}", param="data"
+            )
+    for c in candidates:
+        if isinstance(c.prior, bool) or not isinstance(c.prior, int | float) or not math.isfinite(c.prior):
+            raise InvalidRequest(
+                f"{where}: the prior of `{c.id}` is `{c.prior}` but must be a finite number", param="data"
             )
     if len({c.id for c in candidates}) != len(candidates) or len(candidates) < 2:
         raise InvalidRequest(f"{where}: a job needs at least two candidates with ids of their own", param="data")
@@ -123,7 +136,10 @@ def write_groups(path: str | Path, groups: Iterable[Group]) -> int:
 
 def _lines(groups: Iterable[Group]) -> Iterator[str]:
     for g in groups:
-        candidates = [{"id": c.id, "text": c.text, "grade": c.grade} for c in g.candidates]
+        candidates = [
+            {"id": c.id, "text": c.text, "grade": c.grade} | ({"prior": c.prior} if c.prior else {})
+            for c in g.candidates
+        ]
         data: dict[str, Any] = {"id": g.id, "job": g.job, "candidates": candidates}
         if g.missed:
             data["missed"] = list(g.missed)

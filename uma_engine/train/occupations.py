@@ -18,6 +18,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,14 @@ DEV_MAJORS = frozenset({"21", "33", "41", "47"})
 TEST_MAJORS = frozenset({"15", "29", "35", "49"})
 POOL = 100
 NEGATIVES = 40  # of a training job
-FirstStage = Callable[[Sequence[str], Mapping[str, str], Callable[[str], None]], Sequence[Sequence[str]]]
+# A text's candidates by id, best first, and log-odds of anybody by id.
+Found = tuple[Sequence[str], Mapping[str, float]]
+FirstStage = Callable[[Sequence[str], Mapping[str, str], Callable[[str], None]], Sequence[Found]]
 TASKS = 6  # statements of a post made of tasks
 POSTS = 2  # made of tasks, of each training occupation
 RRF = 60
+# Log-odds of the first stage: a logistic fit on training jobs by softmax over their candidates; OFFSET makes their mean about 0.
+COSINE, WORDS, OFFSET = 10.0, 2.0, 5.2
 SOURCES = (
     "ESCO-O*NET crosswalk, ESCO Secretariat with the U.S. Department of Labor, 2022 (CC BY 4.0)",
     "ESCO v1.1.1 occupations, European Commission (CC BY 4.0)",
@@ -59,7 +64,7 @@ def build(
 ) -> dict[str, Any]:
     """Write train.jsonl, dev.jsonl, test.jsonl and card.json to `out`; the card. A function of the files and `seed`.
 
-    `first_stage`: for each text the corpus' ids, best first; None: BM25 and MiniLM, fused.
+    `first_stage`: for each text the corpus' ids, best first, and log-odds by id, a candidate's `prior`; None: BM25 and MiniLM, fused.
     Errors:  InvalidRequest for files that cannot be read or written; InvariantViolation, and nothing written, if a split leaks
     """
     home, onet = source / "esco-onet-crosswalk", source / "onet-29.2"
@@ -72,7 +77,7 @@ def build(
     say(f"{len(jobs)} jobs over {len(corpus)} occupations; ranking them by BM25 and MiniLM")
     order = (first_stage or _fused)([text for _, _, text in jobs], corpus, say)
     made: dict[str, list[Group]] = {"train": [], "dev": [], "test": []}
-    for (soc, form, text), ranked in zip(jobs, order, strict=True):
+    for (soc, form, text), (ranked, priors) in zip(jobs, order, strict=True):
         split, judged = split_of(soc), grades.get(soc, {})
         if split == "train":
             good = [doc for doc in judged if doc in corpus and doc not in held_out]
@@ -83,7 +88,9 @@ def build(
         else:
             chosen = list(ranked[:POOL])
             missed = [grade for doc, grade in judged.items() if doc not in chosen]
-        candidates = tuple(Judged(doc, corpus[doc], judged.get(doc, 0)) for doc in chosen)
+        candidates = tuple(
+            Judged(doc, corpus[doc], judged.get(doc, 0), round(priors.get(doc, 0.0), 3)) for doc in chosen
+        )
         made[split].append(Group(f"{soc}/{form}", text, candidates, tuple(missed)))
     _refuse_leaks(made, held_out)
     try:
@@ -118,15 +125,26 @@ def _jobs(
                 yield soc, f"post{number}", " ".join(chosen)
 
 
-def _fused(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None]) -> list[list[str]]:
-    return first_stages(texts, corpus, say)["fused"]
+def _fused(texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None]) -> list[Found]:
+    stages = first_stages(texts, corpus, say)
+    return list(zip(stages.fused, stages.priors, strict=True))
+
+
+@dataclass(frozen=True)
+class FirstStages:
+    """For each text the corpus' ids, best first: by words, by vectors, and by their reciprocal-rank fusion, each the best 2 * POOL; and the
+    log-odds of everybody, which grow with the cosine and with the share of the best BM25 score."""
+
+    bm25: list[list[str]]
+    minilm: list[list[str]]
+    fused: list[list[str]]
+    priors: list[dict[str, float]]
 
 
 def first_stages(
     texts: Sequence[str], corpus: Mapping[str, str], say: Callable[[str], None] = lambda line: None
-) -> dict[str, list[list[str]]]:
-    """For each text the corpus' ids, best first: of `bm25`, `minilm` and of their reciprocal-rank fusion, `fused`, the best 2 * POOL of
-    each fused. Errors: MissingPackage"""
+) -> FirstStages:
+    """Rank the corpus for every text. Errors: MissingPackage"""
     try:
         import bm25s
         import numpy as np
@@ -139,26 +157,26 @@ def first_stages(
     ids, depth = list(corpus), min(2 * POOL, len(corpus))
     bm25 = bm25s.BM25(k1=0.9, b=0.4)
     bm25.index(bm25s.tokenize(list(corpus.values()), stopwords="en", show_progress=False), show_progress=False)
-    found, _ = bm25.retrieve(
-        bm25s.tokenize(list(texts), stopwords="en", show_progress=False), k=depth, show_progress=False
-    )
+    asked_words = bm25s.tokenize(list(texts), stopwords="en", show_progress=False, return_ids=False)
     with Embedder() as embedder:
         documents = embedder.embed(list(corpus.values())).vectors
         say("corpus embedded")
         asked = embedder.embed(list(texts)).vectors
-    near = np.argsort(-(asked @ documents.T), 1, kind="stable")[:, :depth]
-    order = []
-    for by_words, by_sense in zip(found, near, strict=True):
-        scores: dict[int, float] = defaultdict(float)
-        for ranking in (by_words, by_sense):
+    found = FirstStages([], [], [], [])
+    for words, vector in zip(asked_words, asked, strict=True):
+        cosines = documents @ vector
+        scores = bm25.get_scores(words) if words else np.zeros(len(ids), np.float32)
+        near, by_words = (np.argsort(-x, kind="stable")[:depth] for x in (cosines, scores))
+        fused: dict[int, float] = defaultdict(float)
+        for ranking in (by_words, near):
             for place, doc in enumerate(ranking):
-                scores[int(doc)] += 1 / (RRF + place + 1)
-        order.append([ids[doc] for doc in sorted(scores, key=lambda d: (-scores[d], d))])
-    return {
-        "bm25": [[ids[int(doc)] for doc in row] for row in found],
-        "minilm": [[ids[int(doc)] for doc in row] for row in near],
-        "fused": order,
-    }
+                fused[int(doc)] += 1 / (RRF + place + 1)
+        found.bm25.append([ids[doc] for doc in by_words])
+        found.minilm.append([ids[doc] for doc in near])
+        found.fused.append([ids[doc] for doc in sorted(fused, key=lambda d: (-fused[d], d))])
+        odds = COSINE * cosines + WORDS * scores / max(float(scores.max()), 1e-6) - OFFSET
+        found.priors.append(dict(zip(ids, map(float, odds), strict=True)))
+    return found
 
 
 def read_collection(source: Path) -> tuple[dict[str, str], list[tuple[str, str]], dict[str, dict[str, int]]]:

@@ -79,7 +79,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nDCG@10 on the dev jobs every `every` steps, by the engine itself; training stops after `patience` without a better one."""
+    """nDCG@10 on `jobs` of the dev jobs, spread over them, every `every` steps, by the engine itself; training stops after `patience`
+    without a better one."""
 
     every: int = 100
     jobs: int | None = None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from uma_engine.errors import InvalidRequest, MissingPackage
 from uma_engine.train.artifact import adapter_digest, curves_svg, save_adapter, write_json
-from uma_engine.train.groups import Group, file_digest, read_groups
+from uma_engine.train.groups import Group, file_digest, read_groups, spread
 from uma_engine.train.prompts import JobPrompts
 from uma_engine.train.recipe import Recipe
 
@@ -73,7 +73,7 @@ class _Run:
         if both:
             raise InvalidRequest(f"job `{min(both)}` is in the training and in the dev data", param="dev")
         if recipe.evaluation.jobs is not None:
-            self.dev_groups = self.dev_groups[: recipe.evaluation.jobs]
+            self.dev_groups = spread(self.dev_groups, recipe.evaluation.jobs)
         self.max_grade = max(c.grade for g in self.train_groups for c in g.candidates) or 1
         self.threads = recipe.threads or torch.get_num_threads()
         files = open_model(resolve(recipe.base))
@@ -224,7 +224,8 @@ class _Run:
             logits = label_logits(self.model, tree, self.prompts.label_ids)
         margins = logits[:, 0] - logits[:, 1]
         grades = torch.tensor([c.grade for c in candidates], device=margins.device)
-        return job_loss(margins, grades, self.recipe.loss, self.max_grade)
+        priors = torch.tensor([c.prior for c in candidates], device=margins.device)
+        return job_loss(margins.float() + priors, grades, self.recipe.loss, self.max_grade)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

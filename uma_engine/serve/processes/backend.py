@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ async def listening(app: Any, path: Path, progress: Callable[[], int]) -> AsyncI
     path.unlink(missing_ok=True)
     partial = path.with_name(path.name + ".new")
     server = await asyncio.start_unix_server(connected, partial)
-    os.chmod(partial, 0o600)
+    partial.chmod(0o600)
     partial.rename(path)  # whoever sees the socket can connect to it
     try:
         yield lambda: len(running)

@@ -1,7 +1,7 @@
 """A front end: connections, keys and limits on this side, the engine process on the other, and no torch.
 
-Knows HTTP and which requests may be asked twice; does not know what they mean. If the engine process ends while an answer is on its way, the request
-is asked again as soon as there is a new one: what is computed is a function of the request, so an answer that has begun to stream goes on
+Knows HTTP and which requests may be asked twice; does not know what they mean. If the engine process ends while an answer is on its way, the
+request is asked again as soon as there is a new one: what is computed is a function of the request, so an answer that has begun to stream goes on
 where it was, and is checked to be the same bytes up to there. What may not be asked twice ends in a typed error.
 """
 
@@ -16,7 +16,6 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -123,7 +122,9 @@ class _Answer:
                             hint="look at the state, then ask again",
                         ) from None
                     if self.tries == MOST_TRIES:
-                        raise EngineUnavailable(f"the engine process ended {MOST_TRIES} times under this request") from None
+                        raise EngineUnavailable(
+                            f"the engine process ended {MOST_TRIES} times under this request"
+                        ) from None
                     self.tries += 1
                     logger.warning("request %s is asked again: the engine process ended", self._name)
         except UmaError as error:

@@ -168,4 +168,3 @@ class Link:
                 if isinstance(frame, Part) and frame.last:
                     del self._replies[frame.id]
                 reply.feed(frame)
-

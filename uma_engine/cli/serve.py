@@ -1,4 +1,4 @@
-"""`uma serve`: the engine over HTTP, in this process.
+"""`uma serve`: the engine over HTTP, in this process or as one engine process behind front ends.
 
 Knows arguments and sockets; does not know paths or requests.
 """
@@ -12,8 +12,11 @@ import ipaddress
 import json
 import math
 import signal
+import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,8 @@ HEAD_BYTES = 16 * 2**10  # of a request's line and headers
 
 def run(args: argparse.Namespace) -> int:
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
 
-        from uma_engine.serve import ServeSettings
         from uma_engine.serve.settings import read_keys
     except ImportError as error:
         raise MissingPackage(
@@ -45,31 +47,23 @@ def run(args: argparse.Namespace) -> int:
         ("max-body-mb", args.max_body_mb),
         ("deadline", args.deadline),
         ("max-waiting", args.max_waiting),
+        ("hang-timeout", args.hang_timeout),
     ):
         if not (math.isfinite(value) and value > 0):
             raise InvalidRequest(f"`--{name}` is {value} but must be above 0", param=name)
     if not 0 <= args.port < 65536:
         raise InvalidRequest(f"`--port` is {args.port} but must be from 0 to 65535", param="port")
-    root = None if args.adapter_root is None else Path(args.adapter_root)
-    state = None if args.state is None else Path(args.state)
-    model, adapters = _started(args.model, state)
-    if root is not None and not root.is_dir():
-        raise InvalidRequest(f"`{root}` is not a directory", param="adapter-root")
-    settings = ServeSettings(
-        keys=keys,
-        max_body_bytes=int(args.max_body_mb * 2**20),
-        deadline_s=args.deadline,
-        max_waiting=args.max_waiting,
-        adapter_root=root,
-        model_aliases=tuple(args.alias),
-        state_file=state,
-        exclusive_swaps=bool(args.log),  # one process writes a log
-    )
-    tls = _tls(args.tls_cert, args.tls_key)
+    if args.adapter_root is not None and not Path(args.adapter_root).is_dir():
+        raise InvalidRequest(f"`{args.adapter_root}` is not a directory", param="adapter-root")
+    if not 0 <= args.front_ends <= 64:
+        raise InvalidRequest(f"`--front-ends` is {args.front_ends} but must be from 0 to 64", param="front-ends")
+    settings = settings_of(args, keys)
+    model, _ = _started(args.model, settings.state_file)
+    _tls(args.tls_cert, args.tls_key)
     if args.check:
         write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {model}")
         return 0
-    return asyncio.run(_serve(args, settings, uvicorn, model, adapters, tls))
+    return asyncio.run(_supervise(args, len(keys)) if args.front_ends else _serve(args, settings))
 
 
 def _tls(certificate: str | None, key: str | None) -> dict[str, str]:
@@ -96,15 +90,27 @@ def _started(model: str, state: Path | None) -> tuple[str, dict[str, str]]:
         raise CorruptFile(f"the state `{state}` cannot be read: {error}", hint="delete it to start anew") from None
 
 
-async def _serve(
-    args: argparse.Namespace,
-    settings: Any,
-    uvicorn: Any,
-    model: str,
-    adapters: Mapping[str, str],
-    tls: Mapping[str, str],
-) -> int:
+def settings_of(args: argparse.Namespace, keys: tuple[Any, ...]) -> Any:
+    from uma_engine.serve import ServeSettings
+
+    return ServeSettings(
+        keys=keys,
+        max_body_bytes=int(args.max_body_mb * 2**20),
+        deadline_s=args.deadline,
+        max_waiting=args.max_waiting,
+        adapter_root=None if args.adapter_root is None else Path(args.adapter_root),
+        model_aliases=tuple(args.alias),
+        state_file=None if args.state is None else Path(args.state),
+        exclusive_swaps=bool(args.log),  # one process writes a log
+        behind_front_end=args.front_ends > 0,
+    )
+
+
+@contextlib.asynccontextmanager
+async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[tuple[Any, Any]]:
+    """The engine and the application over it."""
     from uma_engine.serve import make_app
+    from uma_engine.serve.generations import SwapPlan
     from uma_engine.tasks.api import AsyncEngine
 
     options: dict[str, Any] = {"precision": args.precision, "device": args.device, "dtype": args.dtype}
@@ -112,6 +118,9 @@ async def _serve(
         options["num_threads"] = args.threads
     if args.log:
         options["decision_log"] = args.log
+    model, adapters = _started(args.model, settings.state_file)
+    if args.adapter:
+        adapters = {Path(args.adapter).resolve().name: args.adapter} | adapters
     with FetchProgress() as progress:
         engine = await asyncio.to_thread(lambda: AsyncEngine(model, progress=progress, max_lora_rank=256, **options))
 
@@ -121,35 +130,76 @@ async def _serve(
     async with engine:
         for name, path in adapters.items():
             await engine.load_adapter(name, path)
-        if args.adapter:
-            await engine.load_adapter(Path(args.adapter).resolve().name, args.adapter)
-        app = make_app(engine, settings, make)
-        config = uvicorn.Config(
-            app,
-            host=args.host,
-            port=args.port,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=10,
-            timeout_graceful_shutdown=GRACE_S,
-            h11_max_incomplete_event_size=HEAD_BYTES,
-            http="h11",
-            **tls,
-        )
-        server = uvicorn.Server(config)
-        # uvicorn would end the process by the signal that it got: here a signal means finish what has begun, and exit with 0.
-        server.capture_signals = lambda: _signals(server, app.state.drain)
+        plan = SwapPlan(model, {name: Path(path).absolute() for name, path in adapters.items()})
+        yield engine, make_app(engine, settings, make, plan)
+
+
+def web_server(args: argparse.Namespace, app: Any, drain: Callable[[], object]) -> Any:
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=GRACE_S,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+        http="h11",
+        **_tls(args.tls_cert, args.tls_key),  # type: ignore[arg-type]
+    )
+    server = uvicorn.Server(config)
+    # uvicorn would end the process by the signal that it got: here a signal means finish what has begun, and exit with 0.
+    server.capture_signals = lambda: _signals(server, drain)  # type: ignore[method-assign]
+    return server
+
+
+async def _serve(args: argparse.Namespace, settings: Any) -> int:
+    async with application(args, settings) as (engine, app):
+        server = web_server(args, app, app.state.drain)
         task = asyncio.create_task(server.serve())
         while not server.started and not task.done():
             await asyncio.sleep(0.02)
         if server.started:
-            port = server.servers[0].sockets[0].getsockname()[1]
-            write_line(
-                f"{engine.model} at {'https' if tls else 'http'}://{args.host}:{port}, {len(settings.keys)} keys"
-            )
+            _told(args, engine.model, server.servers[0].sockets[0].getsockname()[1], len(settings.keys))
         await task
     return 0
+
+
+def _told(args: argparse.Namespace, model: str, port: int, keys: int) -> None:
+    write_line(f"{model} at {'https' if args.tls_cert else 'http'}://{args.host}:{port}, {keys} keys")
+
+
+async def _supervise(args: argparse.Namespace, num_keys: int) -> int:
+    """One engine process and `front_ends` processes that hold the connections."""
+    from uma_engine.serve.processes.supervisor import Supervisor
+
+    try:
+        family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+        listener = socket.create_server((args.host, args.port), family=family, backlog=2048)
+    except OSError as error:
+        raise InvalidRequest(
+            f"`{args.host}:{args.port}` cannot be listened on: {error.strerror}", param="port"
+        ) from None
+    told = {n: v for n, v in vars(args).items() if isinstance(v, str | int | float | list | None)}
+    with listener, tempfile.TemporaryDirectory(prefix="uma-") as home:  # readable by its owner alone
+        path = Path(home) / "engine"
+        if args.state is None:
+            told["state"] = str(Path(home) / "state")  # a restart has the base and the adapters that there were
+        children = {"args": told, "socket": str(path)}
+        supervisor = Supervisor(
+            [sys.executable, "-m", "uma_engine.cli.serve_process"],
+            children,
+            children,
+            listener=listener,
+            front_ends=args.front_ends,
+            socket_path=path,
+            hang_s=args.hang_timeout,
+            grace_s=GRACE_S,
+        )
+        return await supervisor.run(lambda: _told(args, args.model, listener.getsockname()[1], num_keys))
 
 
 @contextlib.contextmanager

@@ -39,6 +39,20 @@ def add_command(commands: Any, model_options: Callable[[argparse.ArgumentParser]
     add("--deadline", type=float, default=120, metavar="S", help="seconds of a request (default: 120)")
     add("--log", metavar="FILE", help="keep every ranking in this decision log")
     add("--state", metavar="FILE", help="keep which base answers, so that a restart has the last swap's")
+    add(
+        "--front-ends",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that hold connections, beside one that computes (default: 0, one for all)",
+    )
+    add(
+        "--hang-timeout",
+        type=float,
+        default=60,
+        metavar="S",
+        help="restart an engine process that makes no step (default: 60)",
+    )
     add("--check", action="store_true", help="say what is wrong with the configuration, and do not start")
     model_options(serve)
 

@@ -166,13 +166,14 @@ class EngineBase:
         return self._stack.loop.closed
 
     def counters(self) -> dict[str, float]:
-        """What goes on now: `num_requests_running`, `num_requests_waiting`, `kv_cache_usage_perc` from 0 to 1. A look from outside: the
-        numbers may be of two steps."""
+        """What goes on now: `num_requests_running`, `num_requests_waiting`, `kv_cache_usage_perc` from 0 to 1, and `num_steps` so far. A
+        look from outside: the numbers may be of two steps."""
         scheduler, pool = self._stack.scheduler, self._stack.block_pool
         return {
             "num_requests_running": scheduler.num_running,
             "num_requests_waiting": scheduler.num_waiting,
             "kv_cache_usage_perc": pool.num_used / max(1, pool.num_blocks),
+            "num_steps": self._stack.loop.num_steps,
         }
 
     def _check_open(self) -> None:

@@ -24,9 +24,11 @@ async def listening(app: Any, path: Path, progress: Callable[[], int]) -> AsyncI
     """Answer on the Unix socket `path` while the context lasts. `progress`: a number that grows while the engine computes. Gives how many
     requests there are."""
     running: set[asyncio.Task[None]] = set()
+    connections: dict[asyncio.StreamWriter, asyncio.Event] = {}
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         requests: dict[int, _Request] = {}
+        over = connections[writer] = asyncio.Event()
         try:
             while True:
                 frame = await read_frame(reader)
@@ -48,6 +50,8 @@ async def listening(app: Any, path: Path, progress: Callable[[], int]) -> AsyncI
             for request in list(requests.values()):  # whoever asked is not there any more
                 request.gone.set()
             writer.close()
+            over.set()
+            connections.pop(writer, None)
 
     path.unlink(missing_ok=True)
     partial = path.with_name(path.name + ".new")
@@ -58,6 +62,9 @@ async def listening(app: Any, path: Path, progress: Callable[[], int]) -> AsyncI
         yield lambda: len(running)
     finally:
         server.close()
+        for writer, over in list(connections.items()):
+            writer.close()
+            await over.wait()
         path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,8 @@
 """A front end: connections, keys and limits on this side, the engine process on the other, and no torch.
 
-Knows HTTP and which requests may be asked twice; does not know what they mean. If the engine process ends while an answer is on its way, the
-request is asked again as soon as there is a new one: what is computed is a function of the request, so an answer that has begun to stream goes on
-where it was, and is checked to be the same bytes up to there. What may not be asked twice ends in a typed error.
+Knows HTTP and which requests may be asked twice; does not know what they mean. If the engine process ends while an answer is on its way,
+the request is asked again as soon as there is a new one: what is computed is a function of the request, so an answer that has begun to
+stream goes on where it was, and is checked to be the same bytes up to there. What may not be asked twice ends in a typed error.
 """
 
 from __future__ import annotations

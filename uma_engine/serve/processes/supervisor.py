@@ -1,7 +1,7 @@
 """Starts the engine process and the front ends, restarts what ends or hangs, and ends them in order.
 
-Knows processes, pings and signals; does not know requests. A child learns what it is from a line of JSON on its standard input, and ends when
-that closes: nothing outlives a supervisor that was killed.
+Knows processes, pings and signals; does not know requests. A child learns what it is from a line of JSON on its standard input, and ends
+when that closes: nothing outlives a supervisor that was killed.
 """
 
 from __future__ import annotations

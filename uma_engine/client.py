@@ -61,7 +61,10 @@ def _httpx() -> Any:
 
 
 def _rank_body(query: str, candidates: Sequence[Candidate | str], options: Mapping[str, Any]) -> dict[str, Any]:
-    people = [c if isinstance(c, str) else {"id": c.id, "text": c.text, "facts": dict(c.facts)} for c in candidates]
+    people = [
+        c if isinstance(c, str) else {"id": c.id, "text": c.text, "facts": dict(c.facts), "prior": c.prior}
+        for c in candidates
+    ]
     return {"query": query, "candidates": people, **{k: v for k, v in options.items() if v is not None}}
 
 

@@ -36,12 +36,14 @@ NO_PARENT = -1
 class Candidate:
     """One person or proposal to be ranked.
 
-    `facts` are typed values (numbers, strings, booleans, None) kept beside the text.
+    `facts` are typed values (numbers, strings, booleans, None) kept beside the text. `prior`: what is known before anything is read, such
+    as by a first stage, in log-odds of fitting this job; a ranking without a surface adds it to the model's own.
     """
 
     id: str
     text: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    prior: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not isinstance(self.text, str):
@@ -53,6 +55,10 @@ class Candidate:
         if not isinstance(self.facts, Mapping):
             raise InvalidRequest(
                 f"`facts` of candidate `{self.id}` is a `{type(self.facts).__name__}` but must be a mapping"
+            )
+        if isinstance(self.prior, bool) or not isinstance(self.prior, int | float) or not math.isfinite(self.prior):
+            raise InvalidRequest(
+                f"`prior` of candidate `{self.id}` is `{self.prior!r}` but must be a finite number", param="prior"
             )
         for key, value in self.facts.items():
             if isinstance(value, float) and not math.isfinite(value):

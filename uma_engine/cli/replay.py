@@ -12,7 +12,7 @@ from uma_engine.cli.console import open_engine, write_line
 from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.tasks.cascade import recorded_cascade
-from uma_engine.tasks.records import SURFACE_FORMAT, checked_record, differences, read_record
+from uma_engine.tasks.records import SURFACE_FORMAT, candidate_data, checked_record, differences, read_record
 from uma_engine.tasks.shortlist import recorded_wishes
 
 SQLITE = b"SQLite format 3\0"
@@ -76,9 +76,7 @@ def _with_inputs(args: argparse.Namespace, record: Mapping[str, Any]) -> Mapping
             "the log keeps digests of job and candidates", hint="give what was ranked with `--job` and `--candidates`"
         )
     people = read_candidates(args.candidates, facts_in_text=record["format"] != SURFACE_FORMAT)
-    return with_inputs(
-        record, read_job(args.job), [{"id": p.id, "text": p.text, "facts": dict(p.facts)} for p in people]
-    )
+    return with_inputs(record, read_job(args.job), [candidate_data(p) for p in people])
 
 
 def _without_forgotten(record: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -123,7 +121,7 @@ def _again(
     options = record["options"]
     engine_options = {name: options["engine"][name] for name in ("max_model_len", "precision")}
     model = args.model or record["stack"]["model"]
-    people = [Candidate(c["id"], c["text"], c["facts"]) for c in record["candidates"]]
+    people = [Candidate(c["id"], c["text"], c["facts"], c.get("prior", 0.0)) for c in record["candidates"]]
     asked = {
         "instruction": options["instruction"],
         "max_tokens_per_candidate": options["max_tokens_per_candidate"],

@@ -20,6 +20,7 @@ from uma_engine.core import Candidate
 from uma_engine.errors import EngineUnavailable, InvalidRequest
 from uma_engine.retrieval.filters import Where, allowed, parse_where
 from uma_engine.retrieval.generation import Generation, Progress, tokens_of
+from uma_engine.retrieval.prior import log_odds
 from uma_engine.retrieval.store import CandidateStore
 
 if TYPE_CHECKING:
@@ -36,12 +37,14 @@ BATCH = 1000  # candidates of one transaction
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One candidate of the first stage. Places count from 1; None: not among the best by words, or by vectors."""
+    """One candidate of the first stage. Places count from 1; None: not among the best by words, or by vectors. `prior`: log-odds of fitting
+    (`prior.log_odds`); 0.0 in an index without vectors."""
 
     candidate: Candidate
     score: float
     by_words: int | None
     by_vectors: int | None
+    prior: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +211,10 @@ class CandidateIndex:
             passes &= np.array([i not in deleted for i in generation.ids], bool)
         considered = int(passes.sum())
         depth = min(considered, max(2 * first, 100))
-        by_words = _best(_word_scores(query, generation), passes, depth)
-        by_vectors = self._near(query, generation, passes, depth)
+        word_scores = _word_scores(query, generation)
+        by_words = _best(word_scores, passes, depth)
+        vector = self._vector(query, generation)
+        by_vectors = _near(vector, generation, passes, depth)
         scores: dict[int, float] = {}
         places: dict[int, list[int | None]] = {}
         for column, ranking in enumerate((by_words, by_vectors)):
@@ -219,9 +224,12 @@ class CandidateIndex:
         order = sorted(scores, key=lambda row: (-scores[row], row))
         ids = [generation.ids[row] for row in order]
         rows = self._store.get(ids[: first + len(deleted)])
+        found = [(row, i) for row, i in zip(order, ids, strict=True) if i in rows][:first]
+        priors = _priors([row for row, _ in found], vector, word_scores, generation)
         hits = [
-            Hit(rows[i].candidate, scores[row], *places[row]) for row, i in zip(order, ids, strict=True) if i in rows
-        ][:first]
+            Hit(rows[i].candidate, scores[row], places[row][0], places[row][1], prior)
+            for (row, i), prior in zip(found, priors, strict=True)
+        ]
         curve, measured_on = self._curve()
         cut = Cut(
             first=first,
@@ -318,18 +326,33 @@ class CandidateIndex:
             )
         return found[0]
 
-    def _near(self, query: str, generation: Generation, passes: np.ndarray, depth: int) -> list[int]:
-        if generation.vectors is None or self._embedder is None or not depth:
-            return []
-        import torch
+    def _vector(self, query: str, generation: Generation) -> np.ndarray | None:
+        if generation.vectors is None or self._embedder is None:
+            return None
+        return self._embedder.embed([query]).vectors[0]
 
-        from uma_kernels.topk import Corpus, pack_filter, topk
 
-        vectors = torch.from_numpy(generation.vectors)
-        corpus = Corpus("fp16", vectors.shape[1], len(vectors), vectors)
-        asked = torch.from_numpy(self._embedder.embed([query]).vectors)
-        _, rows = topk(asked, corpus, min(depth, MOST_FIRST), pack_filter(torch.from_numpy(passes)))
-        return [int(row) for row in rows[0] if row >= 0]
+def _near(vector: np.ndarray | None, generation: Generation, passes: np.ndarray, depth: int) -> list[int]:
+    if vector is None or generation.vectors is None or not depth:
+        return []
+    import torch
+
+    from uma_kernels.topk import Corpus, pack_filter, topk
+
+    vectors = torch.from_numpy(generation.vectors)
+    corpus = Corpus("fp16", vectors.shape[1], len(vectors), vectors)
+    _, rows = topk(
+        torch.from_numpy(vector[None]), corpus, min(depth, MOST_FIRST), pack_filter(torch.from_numpy(passes))
+    )
+    return [int(row) for row in rows[0] if row >= 0]
+
+
+def _priors(rows: list[int], vector: np.ndarray | None, word_scores: np.ndarray, generation: Generation) -> list[float]:
+    if vector is None or generation.vectors is None or not rows:
+        return [0.0] * len(rows)
+    cosines = np.asarray(generation.vectors[rows], np.float32) @ vector
+    words = word_scores[rows] / max(float(word_scores.max()), 1e-6)
+    return [round(float(x), 4) for x in log_odds(cosines, words)]
 
 
 def _word_scores(query: str, generation: Generation) -> np.ndarray:

@@ -74,6 +74,12 @@ class CandidateStore:
         added = changed = 0
         with self._transaction():
             for c in candidates:
+                if c.prior:
+                    raise InvalidRequest(
+                        f"candidate `{c.id}` has a `prior`",
+                        hint="it is about a job, and an index has none",
+                        param="prior",
+                    )
                 facts = json.dumps(dict(c.facts), ensure_ascii=False, sort_keys=True, allow_nan=False)
                 digest = hashlib.sha256(c.text.encode("utf-8", "surrogatepass")).digest()
                 old = self._db.execute("SELECT digest, facts FROM candidates WHERE id = ?", (c.id,)).fetchone()

@@ -30,7 +30,7 @@ async def rank(context: Context, body: bytes) -> Response:
     _, adapter = context.model(asked.model)
     context.documents(len(asked.candidates), "candidates")
     people = [
-        Candidate(str(i), c) if isinstance(c, str) else Candidate(c.id or str(i), c.text, c.facts)
+        Candidate(str(i), c) if isinstance(c, str) else Candidate(c.id or str(i), c.text, c.facts, c.prior)
         for i, c in enumerate(asked.candidates)
     ]
     named = ("top_n", "instruction", "max_tokens_per_candidate", "surface", "job_facts", "explain_top", "deliberate")

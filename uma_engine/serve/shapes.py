@@ -29,6 +29,7 @@ class RankCandidate(msgspec.Struct, forbid_unknown_fields=True):
     text: str
     id: str | None = None
     facts: dict[str, Any] = {}
+    prior: float = 0.0
 
 
 class RankRequest(msgspec.Struct, forbid_unknown_fields=True):

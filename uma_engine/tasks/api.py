@@ -95,6 +95,7 @@ class Engine(EngineBase):
                     at the end of its prompt. Sorted by score, ties by index; `top_n` limits `results`, everyone is in
                     `all_results`. A candidate longer than `max_tokens_per_candidate` (or than the room left) is cut at the
                     end of its own text, and says so.
+        Prior:      a candidate's `prior` is added to the logit of `labels[0]`; the ledger has what that changed.
         Surface:    with `surface` (a `Surface`, its plain data or its TOML file) the score is the declared aggregate of declared
                     factors, each in the result's ledger, and the answer a `SurfaceAnswer` that shows ties. `job_facts` are
                     the job's typed numbers, such as its budget; `adapter` then reads where a read names none.
@@ -189,21 +190,26 @@ class Engine(EngineBase):
         first: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
+        blend: bool = False,
         tenant: str = "",
         **options: Any,
     ) -> MatchAnswer:
         """Find and rank: the `first` best of an index (100 unless told otherwise, or the least cut whose measured recall reaches
         `recall`) that pass `where`, ranked by the language model.
 
-        `index` is a `uma_engine.retrieval.CandidateIndex` or anything with its `search`; `options` are those of `rank`. The answer's
-        `cut` says how many were considered, filtered out and cut, and how many good ones such a cut loses, where that was measured.
+        `index` is a `uma_engine.retrieval.CandidateIndex` or anything with its `search`; `options` are those of `rank`. `blend`: what
+        the first stage found is each candidate's `prior`, so that the score is both stages' (adapters from `uma data build` were
+        trained so). The answer's `cut` says how many were considered, filtered out and cut, and how many good ones such a cut loses,
+        where that was measured.
 
         Errors:     as `rank`, and InvalidRequest for filters on fields that nobody has, or a recall that no measured cut reaches
         """
         self._check_open()
         options = {"top_n": top_n, **options}
         return run(
-            match_plan(self, job, index, first=first, recall=recall, where=where, tenant=tenant, options=options)
+            match_plan(
+                self, job, index, first=first, recall=recall, where=where, blend=blend, tenant=tenant, options=options
+            )
         )
 
     def calibrate(
@@ -443,13 +449,16 @@ class AsyncEngine(EngineBase):
         first: int | None = None,
         recall: float | None = None,
         where: Mapping[str, Any] | None = None,
+        blend: bool = False,
         tenant: str = "",
         **options: Any,
     ) -> MatchAnswer:
         """As `Engine.match`."""
         self._check_open()
         options = {"top_n": top_n, **options}
-        plan = match_plan(self, job, index, first=first, recall=recall, where=where, tenant=tenant, options=options)
+        plan = match_plan(
+            self, job, index, first=first, recall=recall, where=where, blend=blend, tenant=tenant, options=options
+        )
         return await run_async(plan)
 
     async def calibrate(

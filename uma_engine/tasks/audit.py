@@ -364,7 +364,7 @@ def _make_twins(
             people = []
             for side, identity in enumerate(drawn):
                 text, facts = dress(person.text.strip(), person.facts, identity, names)
-                people.append(Candidate(f"{person.id}\n{axis} {number} {side}", text, facts))
+                people.append(Candidate(f"{person.id}\n{axis} {number} {side}", text, facts, person.prior))
             twins.append(_Twins(place, *drawn, (people[0], people[1])))
     return twins, skipped
 

@@ -290,6 +290,10 @@ class EngineBase:
         check_count("max_tokens_per_candidate", max_tokens_per_candidate)
         people = ranking.as_candidates(candidates)
         if declared is not None:
+            if any(person.prior for person in people):
+                raise InvalidRequest(
+                    "a candidate has a `prior` beside a surface", hint="declare a fact for it", param="prior"
+                )
             if not isinstance(labels, list | tuple) or tuple(labels) != DEFAULT_LABELS:
                 raise InvalidRequest(
                     f"`labels` is `{labels!r}` beside a surface",

@@ -47,10 +47,11 @@ def read_candidates(path: Path | str, format: Format | None = None, *, facts_in_
 
     A record has `text`, taken as it is, or some of the profile fields `headline`, `summary`, `skills` and
     `experience`, rendered by `profile_text`. A missing or null `id` becomes the record's position, "1", "2", ...; a
-    number becomes its decimal string. All other fields, and those of an object `facts`, become `Candidate.facts` with
-    their types; `rate` (USD per hour), `availability` (hours per week), `job_success` (0 to 100),
-    `response_time_hours` and `years_experience` must be numbers or null. In CSV an empty cell is null, `skills` are
-    separated by `;`, `experience` is a JSON array or plain text, and columns without a known type stay strings.
+    number becomes its decimal string; `prior` is a number of log-odds, 0 if missing. All other fields, and those of an
+    object `facts`, become `Candidate.facts` with their types; `rate` (USD per hour), `availability` (hours per week),
+    `job_success` (0 to 100), `response_time_hours` and `years_experience` must be numbers or null. In CSV an empty cell
+    is null, `skills` are separated by `;`, `experience` is a JSON array or plain text, and columns without a known type
+    stay strings.
 
     Errors: InvalidRequest for anything that is not such a file, naming `file:line`; TooLarge for a line above
     `MAX_LINE_BYTES` or a CSV cell above the limit of the `csv` module.
@@ -151,7 +152,7 @@ def _candidate(record: dict[str, Any], position: int, facts_in_text: bool) -> Ca
                 )
     else:
         text = profile_text({**facts, **record}, facts_in_text=facts_in_text)
-    candidate = Candidate(_id(record, position), text, facts)
+    candidate = Candidate(_id(record, position), text, facts, _prior(record))
     for value in (candidate.id, candidate.text, *facts, *facts.values()):
         if isinstance(value, str):
             _check_unicode(value)
@@ -160,7 +161,7 @@ def _candidate(record: dict[str, Any], position: int, facts_in_text: bool) -> Ca
 
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     """The fields beside text and profile, and those of the object `facts`, typed and checked."""
-    facts = {key: value for key, value in record.items() if key not in ("id", "text", "facts", *_TEXT_FIELDS)}
+    facts = {key: value for key, value in record.items() if key not in ("id", "text", "facts", "prior", *_TEXT_FIELDS)}
     nested = {} if record.get("facts") is None else record["facts"]
     if not isinstance(nested, dict):
         raise InvalidRequest(f"`facts` is {_kind(nested)} but must be an object", param="facts")
@@ -178,6 +179,17 @@ def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     for key in _NUMBER_FACTS:
         _number(facts, key)
     return facts
+
+
+def _prior(record: Mapping[str, Any]) -> float:
+    value = record.get("prior")
+    if isinstance(value, str) and value.strip():  # a cell of CSV
+        value = _csv_number(value.strip(), "prior")
+    if value is None or value == "":
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidRequest(f"`prior` is `{value!r}` but must be a finite number", param="prior")
+    return float(value)
 
 
 def _id(record: Mapping[str, Any], position: int) -> str:

@@ -131,12 +131,12 @@ def cascade_plan(
     # Who fits into the few tokens has been read to the end already.
     whole |= {i: result for i, result in cheap.items() if not result.truncated_tokens or few == limit}
     waves = 0
-    waiting = again if again is not None else _by_margin(cheap, whole)
+    waiting = again if again is not None else _by_odds(people, cheap, whole)
     while waiting and stopped is None:
         size = len(waiting) if again is not None else max(LEAST_WAVE, top)
         part = waiting[:size]
         if again is None:
-            part = [i for i in part if _may_reach(cheap[i], whole, bounds, top)]
+            part = [i for i in part if _may_reach(people, cheap[i], whole, bounds, top)]
             if not part:
                 break
             if waves and (stopped := allowance.stops(len(part))):
@@ -182,17 +182,25 @@ def _read(
     return answer
 
 
-def _by_margin(cheap: Mapping[int, RankResult], whole: Mapping[int, RankResult]) -> list[int]:
+def _odds(people: Sequence[Candidate], result: RankResult) -> float:
+    return margin(result.logits) + people[result.index].prior
+
+
+def _by_odds(
+    people: Sequence[Candidate], cheap: Mapping[int, RankResult], whole: Mapping[int, RankResult]
+) -> list[int]:
     """Who is not read to the end yet, best cheap score first."""
-    return sorted((i for i in cheap if i not in whole), key=lambda i: (-margin(cheap[i].logits), i))
+    return sorted((i for i in cheap if i not in whole), key=lambda i: (-_odds(people, cheap[i]), i))
 
 
-def _may_reach(result: RankResult, whole: Mapping[int, RankResult], bounds: Bounds, top: int) -> bool:
+def _may_reach(
+    people: Sequence[Candidate], result: RankResult, whole: Mapping[int, RankResult], bounds: Bounds, top: int
+) -> bool:
     """Whether a candidate can still be among the best `top`."""
     if len(whole) < top:
         return True
-    least = sorted((margin(r.logits) for r in whole.values()), reverse=True)[top - 1]
-    return margin(result.logits) + bounds.high >= least
+    least = sorted((_odds(people, r) for r in whole.values()), reverse=True)[top - 1]
+    return _odds(people, result) + bounds.high >= least
 
 
 def _check_digests(engine: EngineBase, bounds: Bounds, adapter: str | None) -> None:

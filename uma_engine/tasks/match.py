@@ -33,6 +33,8 @@ class FirstHit(Protocol):
     def by_words(self) -> int | None: ...
     @property
     def by_vectors(self) -> int | None: ...
+    @property
+    def prior(self) -> float: ...
 
 
 class FirstFound(Protocol):
@@ -87,7 +89,7 @@ class MatchAnswer:
         return self.ranking.to_dict() | {
             "cut": asdict(self.cut),
             "first_stage": {
-                name: {"score": hit.score, "by_words": hit.by_words, "by_vectors": hit.by_vectors}
+                name: {"score": hit.score, "by_words": hit.by_words, "by_vectors": hit.by_vectors, "prior": hit.prior}
                 for name, hit in self.hits.items()
             },
         }
@@ -101,6 +103,7 @@ def match_plan(
     first: int | None,
     recall: float | None,
     where: Mapping[str, Any] | None,
+    blend: bool,
     tenant: str,
     options: Mapping[str, Any],
 ) -> Plan[MatchAnswer]:
@@ -113,7 +116,7 @@ def match_plan(
     cut = found.cut
 
     def ranked() -> Plan[RankAnswer]:
-        people = [hit.candidate for hit in found.hits]
+        people = [replace(hit.candidate, prior=hit.prior) if blend else hit.candidate for hit in found.hits]
         answer = yield from engine._rank_plan(job, people, tenant=tenant, **options)
         warnings = list(answer.warnings)
         if cut.measured_recall is None:

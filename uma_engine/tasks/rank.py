@@ -115,10 +115,15 @@ def score_of(labels: Sequence[str], logits: Sequence[float]) -> Score:
 def rank_result(
     index: int, candidate: Candidate, labels: Sequence[str], logits: Sequence[float], truncated_tokens: int
 ) -> RankResult:
-    """The score with its ledger: here one factor, the probability of the first label, weight 1."""
-    probability = softmax(logits)[0]
-    ledger = (Factor(name=f"read:{labels[0]}", value=probability, weight=1.0, contribution=probability),)
-    return RankResult(index, candidate.id, probability, tuple(logits), truncated_tokens, ledger)
+    """The score with its ledger: the probability of the first label, weight 1; and where there is a prior, what it adds to that."""
+    read = softmax(logits)[0]
+    ledger = [Factor(name=f"read:{labels[0]}", value=read, weight=1.0, contribution=read)]
+    score = read
+    if candidate.prior:
+        added = softmax([logits[0] + candidate.prior, *logits[1:]])[0] - read
+        score = min(1.0, max(0.0, read + added))
+        ledger.append(Factor(name="prior", value=float(candidate.prior), weight=1.0, contribution=added))
+    return RankResult(index, candidate.id, score, tuple(logits), truncated_tokens, tuple(ledger))
 
 
 def order(results: Sequence[RankResult], top_n: int | None) -> tuple[RankResult, ...]:

@@ -23,6 +23,7 @@ from uma_engine.tasks.results import AdapterUse, RankResult, StackInfo, SurfaceR
 __all__ = [
     "FORMAT",
     "SURFACE_FORMAT",
+    "candidate_data",
     "check_writable",
     "checked_record",
     "differences",
@@ -86,7 +87,7 @@ def make_record(
         "format": FORMAT,
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"),
         "query": query,
-        "candidates": [{"id": c.id, "text": c.text, "facts": dict(c.facts)} for c in candidates],
+        "candidates": [candidate_data(c) for c in candidates],
         "options": dict(options),
         "stack": asdict(stack),
         "results": [
@@ -102,6 +103,12 @@ def make_record(
         "usage": asdict(usage),
         "warnings": list(warnings),
     }
+
+
+def candidate_data(candidate: Candidate) -> dict[str, Any]:
+    """A candidate as plain data; `prior` where there is one."""
+    data: dict[str, Any] = {"id": candidate.id, "text": candidate.text, "facts": dict(candidate.facts)}
+    return data | ({"prior": float(candidate.prior)} if candidate.prior else {})
 
 
 def make_surface_record(

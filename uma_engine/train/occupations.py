@@ -39,8 +39,6 @@ FirstStage = Callable[[Sequence[str], Mapping[str, str], Callable[[str], None]],
 TASKS = 6  # statements of a post made of tasks
 POSTS = 2  # made of tasks, of each training occupation
 RRF = 60
-# Log-odds of the first stage: a logistic fit on training jobs by softmax over their candidates; OFFSET makes their mean about 0.
-COSINE, WORDS, OFFSET = 10.0, 2.0, 5.2
 SOURCES = (
     "ESCO-O*NET crosswalk, ESCO Secretariat with the U.S. Department of Labor, 2022 (CC BY 4.0)",
     "ESCO v1.1.1 occupations, European Commission (CC BY 4.0)",
@@ -150,6 +148,7 @@ def first_stages(
         import numpy as np
 
         from uma_engine.retrieval.embedder import Embedder
+        from uma_engine.retrieval.prior import log_odds
     except ImportError as error:
         raise MissingPackage(
             f"`{error.name}` is not installed", hint="install it with `pip install 'uma-engine[retrieval]'`"
@@ -174,7 +173,7 @@ def first_stages(
         found.bm25.append([ids[doc] for doc in by_words])
         found.minilm.append([ids[doc] for doc in near])
         found.fused.append([ids[doc] for doc in sorted(fused, key=lambda d: (-fused[d], d))])
-        odds = COSINE * cosines + WORDS * scores / max(float(scores.max()), 1e-6) - OFFSET
+        odds = log_odds(cosines, scores / max(float(scores.max()), 1e-6))
         found.priors.append(dict(zip(ids, map(float, odds), strict=True)))
     return found
 

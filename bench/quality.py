@@ -3,8 +3,9 @@
     python -m bench.quality --source DIR [--split test] [--system base NAME=ADAPTER ...] [--jobs N]
 
 DIR holds esco-onet-crosswalk/ (see `uma data build`): O*NET occupations ask, as title and text or as tasks alone, which read like a post;
-ESCO occupations answer, judged by experts. BM25, MiniLM and their fusion search all of it; language models rank the fusion's best 100.
-`base` is the model without an adapter. Splits are those of training: `dev` chose adapters, `test` and `unseen` chose nothing.
+ESCO occupations answer, judged by experts. BM25, MiniLM and their fusion search all of it; language models rank the fusion's best 100, by
+what they read alone and (`NAME+prior`) with the log-odds that the first stage gives; `prior` is those log-odds alone. `base` is the model
+without an adapter. Splits are those of training: `dev` chose adapters, `test` and `unseen` chose nothing.
 
 Scores of models are kept under build/quality/ as they come, so that a run that was stopped goes on. Rows go to bench/results/quality.jsonl:
 nDCG@10 with gain 2^g - 1 by ir-measures, and the mean difference to MiniLM and to the fusion with its 95 % bootstrap interval.
@@ -51,8 +52,8 @@ class Query:
 
 def model_run(
     model: str, adapter: str | None, queries: Sequence[Query], pools: Run, corpus: Mapping[str, str], precision: str
-) -> Run:
-    """Rank every query's pool, going on where an earlier run stopped."""
+) -> dict[str, dict[str, float]]:
+    """The margin of everybody in every query's pool, going on where an earlier run stopped."""
     from uma_engine import Candidate, Engine
 
     with Engine(model, precision=precision, max_lora_rank=64) as engine:
@@ -79,7 +80,12 @@ def model_run(
                 if number % 10 == 0 or number == len(missing):
                     left = (time.perf_counter() - began) / number * (len(missing) - number)
                     print(f"  {number}/{len(missing)} jobs, {left / 60:.0f} min left", file=sys.stderr, flush=True)
-    return {q.id: sorted(pools[q.id], key=lambda doc: (-done[q.id][doc], pools[q.id].index(doc))) for q in queries}
+    return done
+
+
+def ordered(pools: Run, queries: Sequence[Query], odds: Mapping[str, Mapping[str, float]]) -> Run:
+    """Every query's pool by odds, ties in the first stage's order."""
+    return {q.id: sorted(pools[q.id], key=lambda doc: (-odds[q.id][doc], pools[q.id].index(doc))) for q in queries}
 
 
 def ndcg_of(run: Run, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
@@ -130,14 +136,20 @@ def main() -> None:
         forms = sorted({q.form for q in queries})
         queries = [q for form in forms for q in spread([q for q in queries if q.form == form], args.jobs)]
     qrels = {q.id: grades[q.id.partition("/")[0]] for q in queries}
-    by_stage = first_stages([q.text for q in queries], corpus, lambda line: print(line, file=sys.stderr, flush=True))
+    stages = first_stages([q.text for q in queries], corpus, lambda line: print(line, file=sys.stderr, flush=True))
     runs: dict[str, Run] = {
-        name: {q.id: docs[:POOL] for q, docs in zip(queries, found, strict=True)} for name, found in by_stage.items()
+        name: {q.id: docs[:POOL] for q, docs in zip(queries, getattr(stages, name), strict=True)}
+        for name in ("bm25", "minilm", "fused")
     }
+    priors = {q.id: odds for q, odds in zip(queries, stages.priors, strict=True)}
+    runs["prior"] = ordered(runs["fused"], queries, priors)
     for system in args.system:
         name, _, adapter = system.partition("=")
         print(f"{name}: {len(queries)} jobs of {POOL}", file=sys.stderr, flush=True)
-        runs[name] = model_run(args.model, adapter or None, queries, runs["fused"], corpus, args.precision)
+        read = model_run(args.model, adapter or None, queries, runs["fused"], corpus, args.precision)
+        runs[name] = ordered(runs["fused"], queries, read)
+        both = {q.id: {doc: read[q.id][doc] + priors[q.id][doc] for doc in runs["fused"][q.id]} for q in queries}
+        runs[f"{name}+prior"] = ordered(runs["fused"], queries, both)
     values = {name: ndcg_of(run, qrels) for name, run in runs.items()}
     others = {name: values[name] for name in ("minilm", "fused")}
     for name in runs:

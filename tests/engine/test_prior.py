@@ -101,6 +101,28 @@ def test_a_cascade_counts_on_them(engine: Engine) -> None:
     assert [(r.id, r.score) for r in answer.results] == [(r.id, r.score) for r in whole.results]
 
 
+def test_a_cascade_on_priors_alone(engine: Engine) -> None:
+    texts = [f"A person who knows {'Rust' if i % 3 else 'Go'} and has done {i} jobs. " * 4 for i in range(60)]
+    priors = np.random.default_rng(5).normal(0, 8, 60)
+    crowd = [Candidate(str(i), t, prior=float(p)) for i, (t, p) in enumerate(zip(texts, priors, strict=True))]
+    bounds = engine.fit_cascade([(JOB, texts)], prefix_tokens=0, confidence=0.9)
+    margins = [r.logits[0] - r.logits[1] for r in engine.rank(JOB, texts).all_results]
+    assert min(margins) <= bounds.low < bounds.high <= max(margins)
+    whole, answer = engine.rank(JOB, crowd, top_n=5), engine.rank(JOB, crowd, top_n=5, cascade=bounds)
+    report = answer.cascade
+    assert report is not None
+    assert [(r.id, r.score) for r in answer.results] == [(r.id, r.score) for r in whole.results]
+    assert len(report.whole) < 30
+    assert sorted(report.whole + report.eliminated) == list(range(60))
+    assert [r.index for r in answer.all_results] == list(report.whole)
+    assert answer.usage.computed_tokens < 0.6 * whole.usage.computed_tokens
+    assert answer.record["left_out"] == [crowd[i].id for i in report.eliminated]
+    short = engine.rank(JOB, crowd, top_n=5, cascade=bounds, budget=1)
+    assert short.cascade is not None
+    assert short.cascade.stopped_by == "budget"
+    assert len(short.cascade.whole) + len(short.cascade.eliminated) + len(short.cascade.not_looked_at) == 60
+
+
 def test_the_first_stage_gives_them(tmp_path: Path, engine: Engine) -> None:
     pytest.importorskip("bm25s")
     from tests.retrieval.test_index import Hashed

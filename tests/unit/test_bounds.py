@@ -46,7 +46,7 @@ def test_bad_bounds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest, match="give at least 39"):
         fit_bounds([0.0] * 38, [1.0] * 38, 48, 0.95)
     for data in (
-        {"prefix_tokens": 0, "low": 0, "high": 1, "confidence": 0.9, "num_pairs": 3},
+        {"prefix_tokens": -1, "low": 0, "high": 1, "confidence": 0.9, "num_pairs": 3},
         {"prefix_tokens": 4, "low": 2, "high": 1, "confidence": 0.9, "num_pairs": 3},
         {"prefix_tokens": 4, "low": 0, "high": math.inf, "confidence": 0.9, "num_pairs": 3},
         {"prefix_tokens": 4, "low": 0, "high": 1, "confidence": True, "num_pairs": 3},

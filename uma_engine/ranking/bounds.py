@@ -28,7 +28,7 @@ def margin(logits: Sequence[float]) -> float:
 @dataclass(frozen=True, slots=True)
 class Bounds:
     """The whole margin of a candidate lies in [cheap + low, cheap + high] for `confidence` of the pairs of the fit, both ends taken
-    together. `prefix_tokens`: of the candidate's text, that the cheap score reads."""
+    together. `prefix_tokens`: of the candidate's text, that the cheap score reads; 0: it reads nothing, and the cheap margin is 0."""
 
     prefix_tokens: int
     low: float
@@ -41,7 +41,7 @@ class Bounds:
     def __post_init__(self) -> None:
         for name in ("prefix_tokens", "num_pairs"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < (name == "prefix_tokens"):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise InvalidRequest(f"`{name}` of the bounds is `{value!r}`", param="cascade")
         for name in ("low", "high", "confidence"):
             value = getattr(self, name)

@@ -1,7 +1,8 @@
 """A ranking in two depths: everybody is read for a few tokens, and only who can still reach the top is read to the end.
 
 Knows bounds, waves, deadlines and budgets; does not know prompts or tokens. The cheap score is the score of the candidate's first tokens
-alone; the whole score goes on from their keys and values. In waves, best cheap score first, whoever could not beat the k-th best whole
+alone; the whole score goes on from their keys and values. With bounds of no tokens a candidate's prior is the cheap score, and nothing is
+read for it. In waves, best cheap score first, whoever could not beat the k-th best whole
 score even at the upper bound is left out. A whole score has the bits that `rank` gives it without a cascade.
 """
 
@@ -121,7 +122,10 @@ def cascade_plan(
     base: RankAnswer | None = None
     stopped: str | None = None
 
+    by_prior = bounds.prefix_tokens == 0
     first = list(range(len(people))) if again is None else [i for i in range(len(people)) if i not in set(again)]
+    if by_prior:
+        first = []
     step = CHUNK if allowance.limited else max(1, len(first))
     for start in range(0, len(first), step):
         part = first[start : start + step]
@@ -131,12 +135,14 @@ def cascade_plan(
     # Who fits into the few tokens has been read to the end already.
     whole |= {i: result for i, result in cheap.items() if not result.truncated_tokens or few == limit}
     waves = 0
-    waiting = again if again is not None else _by_odds(people, cheap, whole)
+    odds = {i: people[i].prior for i in range(len(people))} if by_prior else {}
+    odds |= {i: _odds(people, result) for i, result in cheap.items() if i not in whole}
+    waiting = again if again is not None else sorted(odds, key=lambda i: (-odds[i], i))
     while waiting and stopped is None:
         size = len(waiting) if again is not None else max(LEAST_WAVE, top)
         part = waiting[:size]
         if again is None:
-            part = [i for i in part if _may_reach(people, cheap[i], whole, bounds, top)]
+            part = [i for i in part if _may_reach(people, odds[i], whole, bounds, top)]
             if not part:
                 break
             if waves and (stopped := allowance.stops(len(part))):
@@ -145,12 +151,13 @@ def cascade_plan(
         waves += 1
         waiting = waiting[size:]
     looked_at = sorted(cheap.keys() | whole.keys())
+    left_out = range(len(people)) if by_prior and stopped is None else looked_at
     report = CascadeReport(
         bounds=bounds,
         top=top,
         whole=tuple(sorted(whole)),
-        eliminated=tuple(i for i in looked_at if i not in whole),
-        not_looked_at=tuple(i for i in range(len(people)) if i not in cheap and i not in whole),
+        eliminated=tuple(i for i in left_out if i not in whole),
+        not_looked_at=tuple(i for i in range(len(people)) if i not in left_out),
         waves=waves,
         stopped_by=stopped,
     )
@@ -186,21 +193,13 @@ def _odds(people: Sequence[Candidate], result: RankResult) -> float:
     return margin(result.logits) + people[result.index].prior
 
 
-def _by_odds(
-    people: Sequence[Candidate], cheap: Mapping[int, RankResult], whole: Mapping[int, RankResult]
-) -> list[int]:
-    """Who is not read to the end yet, best cheap score first."""
-    return sorted((i for i in cheap if i not in whole), key=lambda i: (-_odds(people, cheap[i]), i))
-
-
 def _may_reach(
-    people: Sequence[Candidate], result: RankResult, whole: Mapping[int, RankResult], bounds: Bounds, top: int
+    people: Sequence[Candidate], odds: float, whole: Mapping[int, RankResult], bounds: Bounds, top: int
 ) -> bool:
-    """Whether a candidate can still be among the best `top`."""
+    """Whether a candidate of these cheap odds can still be among the best `top`."""
     if len(whole) < top:
         return True
-    least = sorted((_odds(people, r) for r in whole.values()), reverse=True)[top - 1]
-    return _odds(people, result) + bounds.high >= least
+    return odds + bounds.high >= sorted((_odds(people, r) for r in whole.values()), reverse=True)[top - 1]
 
 
 def _check_digests(engine: EngineBase, bounds: Bounds, adapter: str | None) -> None:
@@ -262,6 +261,8 @@ def _answer(
         usage=usage,
         warnings=warnings,
     )
+    seen = {r.index for r in looked_at}
+    record["left_out"] = [people[i].id for i in report.eliminated if i not in seen]
     record["not_looked_at"] = [people[i].id for i in report.not_looked_at]
     record["stopped_by"] = report.stopped_by
     shown = tuple(ordered if top_n is None else ordered[:top_n])
@@ -281,7 +282,11 @@ def fit_plan(
     stack = None
     for job, people in jobs:
         named = ranking.as_candidates(people)
+        if not prefix_tokens:
+            cheap += [0.0] * len(named)
         for into, limit in ((cheap, prefix_tokens), (whole, None)):
+            if limit == 0:
+                continue
             answer = yield from engine._rank_plan(job, named, max_tokens_per_candidate=limit, **options)
             into += [margin(r.logits) for r in answer.all_results]
             stack = answer.stack

@@ -154,7 +154,8 @@ class Deliberation:
 @dataclass(frozen=True, slots=True)
 class CascadeReport:
     """Who was read to the end (`whole`), who only in part (`eliminated`), and who `not_looked_at` at all because a deadline or a budget
-    ended the ranking (`stopped_by`); positions in the input. Scores of the eliminated are those of their first tokens."""
+    ended the ranking (`stopped_by`); positions in the input. Scores of the eliminated are those of their first tokens; with
+    bounds of no tokens they have none, and are not among the results."""
 
     bounds: Bounds
     top: int

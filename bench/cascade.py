@@ -57,7 +57,13 @@ def main() -> None:
         for prefix in args.prefix:
             jobs = [(g.job, people(g)[:40]) for g in fit]
             for confidence in args.confidence:
-                bounds = engine.fit_cascade(jobs, prefix_tokens=prefix, confidence=confidence, adapter=name)
+                bounds = engine.fit_cascade(
+                    jobs,
+                    prefix_tokens=prefix,
+                    confidence=confidence,
+                    adapter=name,
+                    max_tokens_per_candidate=MOST_TOKENS,
+                )
                 found, again = [], []
                 for group in test:
                     again.append(_timed(engine, group, name, None))

@@ -164,3 +164,40 @@ def test_who_gives_up_leaves_nothing_behind() -> None:
         assert door.num_inside == door.num_waiting == 0
 
     asyncio.run(simulate())
+
+
+def test_batches_let_others_go_first_leave_room_and_do_not_starve() -> None:
+    async def simulate() -> None:
+        clock = Clock()
+        door = Admission(100, 1000, clock)
+        first = await door.enter("bulk", 40, 1e9, batch=True)
+        more = [asyncio.create_task(door.enter("bulk", 40, 1e9, batch=True)) for _ in range(20)]
+        await _settle()
+        assert door.num_inside == 1, "another 40 would be more than a batch may fill"
+        quick = await asyncio.wait_for(door.enter("shop", 50, 1e9), 1)
+        assert door.num_inside == 2, "who comes next finds room"
+        late = asyncio.create_task(door.enter("shop", 50, 1e9))
+        quick.release()
+        await _settle()
+        assert late.done()
+        assert not more[0].done(), "interactive requests go before batches"
+        late.result().release()
+        first.release()
+        await _settle()
+        assert more[0].done()
+        assert not more[1].done()
+        clock.now += 1000.0  # they have aged: now they are like any other
+        crowd = [asyncio.create_task(door.enter("shop", 40, 1e9)) for _ in range(20)]
+        await _settle()
+        more[0].result().release()
+        await _settle()
+        assert more[1].done()
+        for _ in range(200):
+            for task in (*more, *crowd):
+                if task.done() and not task.cancelled():
+                    task.result().release()
+            await _settle()
+        assert all(task.done() for task in (*more, *crowd))
+        assert door.num_waiting == door.num_inside == 0
+
+    asyncio.run(simulate())

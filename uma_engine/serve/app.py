@@ -22,6 +22,7 @@ from starlette.routing import Route
 from uma_engine.errors import (
     DeadlineExceeded,
     EngineUnavailable,
+    InvalidRequest,
     Overloaded,
     RequestCancelled,
     TooLarge,
@@ -57,6 +58,7 @@ logger = logging.getLogger("uma_engine.serve")
 BYTES_A_TOKEN = 4  # for the estimate of what a request costs, before it is read
 STEPS_INSIDE = 4  # of prefill, by estimate: enough to fill every step, and little for who comes next to wait for
 CREATED = "x-uma-created"  # set by a front end, so that an answer that is given again has the same time in it
+PRIORITY = "x-uma-priority"
 OPEN = frozenset({"/livez", "/healthz", "/readyz", "/openapi.json", *console.FILES})  # without a key
 Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
 
@@ -88,8 +90,13 @@ class Context:
 
     async def wait(self, body: bytes) -> None:
         """Wait for this tenant's turn."""
+        wanted = self.request.headers.get(PRIORITY, "interactive")
+        if wanted not in ("interactive", "batch"):
+            raise InvalidRequest(
+                f"the header `{PRIORITY}` is `{wanted:.20}` but must be interactive or batch", param=PRIORITY
+            )
         cost = len(body) / BYTES_A_TOKEN
-        self.ticket = await self.admission.enter(self.tenant, cost, self.settings.deadline_s)
+        self.ticket = await self.admission.enter(self.tenant, cost, self.settings.deadline_s, wanted == "batch")
 
     def deadline(self, asked: float | None = None) -> float:
         """Seconds that are left of what the request, or else the server, allows."""

@@ -172,7 +172,8 @@ class Engine(EngineBase):
     ) -> Bounds:
         """Bounds for `rank(..., cascade=)`: how far the score of a candidate's first tokens lies from the whole score, over jobs with
         candidates like those to come. `prefix_tokens=0`: nothing is read cheaply, candidates'
-        priors alone tell who is left out. `options` are those of `rank` that decide a score: `adapter`, `instruction`, `labels`.
+        priors alone tell who is left out. `options` are those of `rank` that decide a score: `adapter`, `instruction`, `labels`,
+        `max_tokens_per_candidate`.
 
         Errors:     as `rank`, and InvalidRequest for fewer candidates than the confidence needs
         """

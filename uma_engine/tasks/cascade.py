@@ -280,11 +280,13 @@ def fit_plan(
     cheap: list[float] = []
     whole: list[float] = []
     stack = None
+    options = dict(options)
+    most = options.pop("max_tokens_per_candidate", None)
     for job, people in jobs:
         named = ranking.as_candidates(people)
         if not prefix_tokens:
             cheap += [0.0] * len(named)
-        for into, limit in ((cheap, prefix_tokens), (whole, None)):
+        for into, limit in ((cheap, prefix_tokens), (whole, most)):
             if limit == 0:
                 continue
             answer = yield from engine._rank_plan(job, named, max_tokens_per_candidate=limit, **options)

@@ -1,0 +1,297 @@
+"""`uma serve` under load: open-loop latency, what a front end costs, continuous against static batches, and swaps under traffic.
+
+    python -m bench.serve load [--share 0.5 0.7 0.9] [--burst 1 8] [--seconds 30]
+    python -m bench.serve front
+    python -m bench.serve batching
+    python -m bench.serve swaps [--models smollm2-135m gemma3-270m qwen2.5-coder-0.5b] [--swaps 50]
+
+load      requests of mixed sizes at times that do not wait for answers; `--share` of the capacity that a closed loop reaches. Time to the
+          first event and to the whole answer, and goodput: answers within five times what an idle server takes.
+front     one process against a front end before it, the same requests in turns.
+batching  64 completions of mixed lengths: all at once against batches of 16 that wait for their longest. Goal: 4x.
+swaps     bases in a circle while requests come at 70 % of capacity; afterwards each answer is recomputed by the base that it names.
+
+Load is made by another process on the same machine, and takes part of it. Rows go to bench/results/serve.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from bench.rows import ROOT, append_row, quantiles
+
+ADMIN = "bench-admin-secret-0123456789"
+SKILLS = "Rust PostgreSQL React nursing welding Kubernetes accounting German logistics illustration".split()  # noqa: SIM905
+IDLE_TIMES = 5  # of an idle server's median: the objective of goodput
+BATCH = 16
+
+
+def texts(rng: random.Random, count: int) -> list[str]:
+    return [
+        f"Candidate with {rng.randrange(1, 20)} years of {', '.join(rng.sample(SKILLS, 3))}. " * rng.randrange(1, 6)
+        for _ in range(count)
+    ]
+
+
+def rank_body(rng: random.Random) -> dict[str, Any]:
+    """Most requests are small, some are large."""
+    return {
+        "query": f"We need somebody who knows {rng.choice(SKILLS)} and {rng.choice(SKILLS)}.",
+        "candidates": texts(rng, rng.choice((2, 4, 4, 8, 8, 16))),
+    }
+
+
+@contextlib.asynccontextmanager
+async def served(*flags: str) -> AsyncIterator[Any]:
+    """A client of a fresh `uma serve`, for as long as the context lasts."""
+    import httpx
+
+    environment = os.environ | {"UMA_API_KEYS": f"bench admin {ADMIN}"}
+    command = [sys.executable, "-m", "uma_engine.cli.main", "serve", "--port", "0", *flags]
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, stdout=subprocess.PIPE, cwd=ROOT, start_new_session=True
+    )
+    try:
+        assert process.stdout is not None
+        line = (await asyncio.wait_for(process.stdout.readline(), 300)).decode()
+        found = re.search(r"http://[\d.]+:\d+", line)
+        assert found, line
+        limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100)
+        headers = {"authorization": f"Bearer {ADMIN}"}
+        async with httpx.AsyncClient(base_url=found.group(), headers=headers, timeout=300, limits=limits) as client:
+            await ready(client)
+            yield client
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        await process.wait()
+
+
+async def ready(client: Any) -> None:
+    import httpx
+
+    for _ in range(600):
+        with contextlib.suppress(httpx.TransportError):
+            if (await client.get("/readyz")).status_code == 200:
+                return
+        await asyncio.sleep(0.1)
+    raise TimeoutError("the server does not become ready")
+
+
+async def asked(client: Any, body: dict[str, Any], began: float) -> dict[str, Any]:
+    """One streamed ranking: when its scores came and when all of it was there, in seconds after `began`, when it was due."""
+    first, status = None, 0
+    async with client.stream("POST", "/v1/rank", json=body | {"stream": True}) as answer:
+        status = answer.status_code
+        async for _ in answer.aiter_bytes():
+            first = time.perf_counter() - began if first is None else first
+    return {"first": first, "whole": time.perf_counter() - began, "status": status}
+
+
+async def open_loop(
+    ask: Callable[[dict[str, Any], float], Awaitable[Any]], rate: float, burst: int, seconds: float, seed: int = 0
+) -> list[Any]:
+    """Ask `rate` times a second in exponential gaps, `burst` at once, whether or not answers have come."""
+    rng = random.Random(seed)
+    began, due, tasks = time.perf_counter(), 0.0, []
+    while due < seconds:
+        await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+        tasks += [asyncio.create_task(ask(rank_body(rng), began + due)) for _ in range(burst)]
+        due += rng.expovariate(rate / burst)
+    return await asyncio.gather(*tasks)
+
+
+async def capacity(client: Any, seconds: float = 8.0) -> tuple[float, float]:
+    """(requests a second of a closed loop of eight, the median seconds of one that is alone)"""
+    rng = random.Random(99)
+    alone = []
+    for _ in range(12):
+        alone.append((await asked(client, rank_body(rng), time.perf_counter()))["whole"])
+    done, end = 0, time.perf_counter() + seconds
+
+    async def again() -> None:
+        nonlocal done
+        while time.perf_counter() < end:
+            await asked(client, rank_body(rng), time.perf_counter())
+            done += 1
+
+    began = time.perf_counter()
+    await asyncio.gather(*(again() for _ in range(8)))
+    return done / (time.perf_counter() - began), quantiles(alone)[1]
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        f"p{q}_ms": round(ordered[min(len(ordered) - 1, int(q / 100 * len(ordered)))] * 1e3, 1) for q in (50, 95, 99)
+    }
+
+
+async def load(args: argparse.Namespace) -> None:
+    async with served("--model", args.model, "--front-ends", "1") as client:
+        most, idle = await capacity(client)
+        for burst in args.burst:
+            for share in args.share:
+                rate = share * most
+                answers = await open_loop(lambda b, t: asked(client, b, t), rate, burst, args.seconds)
+                good = [a for a in answers if a["status"] == 200]
+                within = sum(a["whole"] <= IDLE_TIMES * idle for a in good)
+                keep(args, {
+                    "kind": "load", "model": args.model, "share": share, "burst": burst, "asked_per_s": round(rate, 2),
+                    "requests": len(answers), "failed": len(answers) - len(good), "idle_ms": round(idle * 1e3, 1),
+                    "first": percentiles([a["first"] for a in good]), "whole": percentiles([a["whole"] for a in good]),
+                    "goodput_per_s": round(within / args.seconds, 2), "within_objective": round(within / len(answers), 3),
+                })  # fmt: skip
+
+
+async def front(args: argparse.Namespace) -> None:
+    """Small requests, in turns: what the socket and the second process cost."""
+    rng = random.Random(3)
+    body = rank_body(rng) | {"candidates": texts(rng, 1)}
+    flags = ("--model", args.model)
+    async with served(*flags) as one, served(*flags, "--front-ends", "1") as two:
+        found: dict[str, dict[str, list[float]]] = {"rank": {}, "models": {}}
+        for _ in range(args.rounds):
+            for name, client in (("one", one), ("two", two)):
+                for kind in found:
+                    began = time.perf_counter()
+                    answer = await (client.post("/v1/rank", json=body) if kind == "rank" else client.get("/v1/models"))
+                    assert answer.status_code == 200
+                    found[kind].setdefault(name, []).append(time.perf_counter() - began)
+        for kind, by in found.items():
+            one_ms, two_ms = (quantiles(by[name])[1] * 1e3 for name in ("one", "two"))
+            keep(args, {
+                "kind": "front", "request": kind, "model": args.model, "rounds": args.rounds,
+                "one_process_p50_ms": round(one_ms, 3), "front_end_p50_ms": round(two_ms, 3), "adds_ms": round(two_ms - one_ms, 3),
+            })  # fmt: skip
+
+
+def batching(args: argparse.Namespace) -> None:
+    from uma_engine import Engine, SamplingParams
+
+    rng = random.Random(5)
+    prompts = [[rng.randrange(1000, 40000) for _ in range(rng.randrange(16, 128))] for _ in range(64)]
+    lengths = [min(512, 4 + int(rng.expovariate(1 / 60))) for _ in prompts]
+    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    with Engine(args.model, precision=args.precision, enable_prefix_cache=False) as engine:
+        engine.generate(prompts[:2], params[:2])
+        times: dict[str, list[float]] = {"continuous": [], "static": []}
+        for _ in range(args.rounds):
+            began = time.perf_counter()
+            engine.generate(prompts, params)
+            times["continuous"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            for i in range(0, len(prompts), BATCH):
+                # A static batch computes every row until its longest is done.
+                longest = max(lengths[i : i + BATCH])
+                engine.generate(prompts[i : i + BATCH], SamplingParams(max_tokens=longest, ignore_eos=True))
+            times["static"].append(time.perf_counter() - began)
+    ours, theirs = (quantiles(times[name])[1] for name in ("continuous", "static"))
+    keep(args, {
+        "kind": "batching", "model": args.model, "precision": args.precision, "prompts": len(prompts), "batch": BATCH,
+        "mean_length": round(sum(lengths) / len(lengths), 1), "longest": max(lengths), "rounds": args.rounds,
+        "continuous_tokens_per_s": round(sum(lengths) / ours, 1), "static_tokens_per_s": round(sum(lengths) / theirs, 1),
+        "times": round(theirs / ours, 2),
+    })  # fmt: skip
+
+
+async def swaps(args: argparse.Namespace) -> None:
+    answers: list[tuple[dict[str, Any], Any, float]] = []
+    pauses: list[float] = []
+    async with served("--model", args.models[0], "--front-ends", "1") as client:
+        most, _ = await capacity(client)
+        done = asyncio.Event()
+
+        async def ask(body: dict[str, Any], due: float) -> None:
+            answer = await client.post("/v1/rank", json=body)
+            answers.append((body, answer, time.perf_counter() - due))
+
+        async def circle() -> None:
+            for number in range(1, args.swaps + 1):
+                model = args.models[number % len(args.models)]
+                began = time.perf_counter()
+                told = await client.post("/admin/swap", json={"model": model, "wait": True})
+                assert told.json()["swap"]["phase"] == "done", told.text
+                pauses.append(time.perf_counter() - began)
+                sys.stderr.write(f"  swap {number}/{args.swaps}: {model} after {pauses[-1]:.1f} s\n")
+            done.set()
+
+        # The slowest base decides what can be carried all the time.
+        rate, rng, tasks = args.share * most / args.slowest, random.Random(1), []
+        quiet = await open_loop(lambda b, t: asked(client, b, t), rate, 1, args.seconds)
+        swapping = asyncio.create_task(circle())
+        began, due = time.perf_counter(), 0.0
+        while not done.is_set() and not swapping.done():
+            await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+            tasks.append(asyncio.create_task(ask(rank_body(rng), began + due)))
+            due += rng.expovariate(rate)
+        await asyncio.gather(swapping, *tasks)
+    failed = [a for _, a, _ in answers if a.status_code != 200]
+    wrong = recomputed(args.models, [(b, a.json()) for b, a, _ in answers if a.status_code == 200], args.checked)
+    before, during = percentiles([a["whole"] for a in quiet]), percentiles([s for _, _, s in answers])
+    keep(args, {
+        "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "asked_per_s": round(rate, 2),
+        "failed": len(failed), "checked": args.checked, "of_another_base": wrong, "swap_s_p50": round(quantiles(pauses)[1], 2),
+        "quiet": before, "during": during,
+    })  # fmt: skip
+
+
+def recomputed(models: Sequence[str], answers: Sequence[tuple[dict[str, Any], Any]], most: int) -> int:
+    """How many of at most `most` answers are not bit for bit what the base that they name says by itself."""
+    from uma_engine import Engine
+
+    chosen = random.Random(2).sample(list(answers), min(most, len(answers)))
+    wrong = len(chosen)
+    for model in models:
+        with Engine(model, max_lora_rank=256) as engine:
+            for body, said in chosen:
+                if said["stack"]["base_digest"] == engine.stack_info().base_digest:
+                    mine = engine.rank(body["query"], body["candidates"]).results
+                    wrong -= [(r["id"], r["score"]) for r in said["results"]] == [(r.id, r.score) for r in mine]
+    return wrong
+
+
+def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+    if not args.no_save:
+        append_row("serve", {"bench": "serve", **row})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    made = {name: kinds.add_parser(name) for name in ("load", "front", "batching", "swaps")}
+    for sub in made.values():
+        sub.add_argument("--model", default="smollm2-135m")
+        sub.add_argument("--precision", default="near")
+        sub.add_argument("--seconds", type=float, default=30)
+        sub.add_argument("--rounds", type=int, default=200 if sub is made["front"] else 3)
+        sub.add_argument("--no-save", action="store_true")
+    made["load"].add_argument("--share", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    made["load"].add_argument("--burst", type=int, nargs="+", default=[1, 8])
+    made["swaps"].add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"])
+    made["swaps"].add_argument("--swaps", type=int, default=50)
+    made["swaps"].add_argument("--share", type=float, default=0.7)
+    made["swaps"].add_argument("--slowest", type=float, default=4.5, help="how much slower the slowest base is")
+    made["swaps"].add_argument("--checked", type=int, default=200)
+    args = parser.parse_args()
+    if args.kind == "batching":
+        batching(args)
+    else:
+        asyncio.run({"load": load, "front": front, "swaps": swaps}[args.kind](args))
+
+
+if __name__ == "__main__":
+    main()

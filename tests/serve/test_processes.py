@@ -19,6 +19,7 @@ import pytest
 
 from tests.engine.conftest import adapter_dirs, tiny_dir  # noqa: F401
 from tests.serve.test_process import _started
+from tests.tiny import make_tiny_model
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("uvicorn")
@@ -146,22 +147,31 @@ def test_a_stream_goes_on_where_it_was(server: tuple[Any, Any]) -> None:
     assert texts(kill=True) == texts(kill=False)
 
 
-def test_what_may_not_be_asked_twice_ends_in_an_error(server: tuple[Any, Any]) -> None:
+def test_a_kill_in_the_middle_of_a_swap_leaves_the_old_base(server: tuple[Any, Any], tmp_path: Path) -> None:
+    """What changes the server is not done twice: it ends in an error that says so."""
     process, client = server
-    body = {
-        "model": client.get("/v1/models").json()["data"][0]["id"],
-        "prompt": "Rust",
-        "max_tokens": 2000,
-        "temperature": 1,
-    }
+    other = make_tiny_model(tmp_path / "other", seed=9)
+    before = client.get("/v1/models").json()
+    expected = told(ask(client))
+    admin = {"authorization": f"Bearer {ADMIN}"}
     answers = []
-    thread = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=body)))
+    body = {"model": str(other), "wait": True}
+    thread = threading.Thread(target=lambda: answers.append(client.post("/admin/swap", json=body, headers=admin)))
     thread.start()
-    time.sleep(0.3)
+    while client.get("/admin/swap/status", headers=admin).json()["swap"]["phase"] == "idle":
+        pass
     os.kill(children(process.pid, "engine")[0], signal.SIGKILL)
     thread.join(60)
     assert answers[0].status_code == 503
     assert answers[0].json()["error"]["type"] == "EngineUnavailable"
+    assert told(ask(client)) == expected
+    assert client.get("/v1/models").json() == before
+    done = client.post("/admin/swap", json=body, headers=admin)
+    assert done.json()["swap"]["phase"] == "done", done.text
+    (engine,) = children(process.pid, "engine")
+    os.kill(engine, signal.SIGKILL)
+    assert told(ask(client)) != expected
+    assert client.get("/v1/models").json() != before, "the last swap outlives a kill"
 
 
 def test_an_engine_that_hangs_is_started_again(server: tuple[Any, Any]) -> None:
@@ -204,13 +214,12 @@ def test_frames_are_data_or_an_error() -> None:
 
 
 def test_which_requests_are_asked_twice() -> None:
-    def of(method: str, path: str, body: bytes = b"{}") -> bool:
-        return repeatable(frames.Ask(1, method, path, b"", [], body))
+    def of(method: str, path: str) -> bool:
+        return repeatable(frames.Ask(1, method, path, b"", [], b""))
 
-    for method, path in (("POST", "/v1/rank"), ("GET", "/admin/swap/status"), ("POST", "/v1/completions")):
-        assert of(method, path)
-    assert of("POST", "/v1/completions", b'{"temperature": 1, "seed": 3}')
-    assert not of("POST", "/v1/chat/completions", b'{"temperature": 1}')
+    assert of("POST", "/v1/rank")
+    assert of("POST", "/v1/completions")
+    assert of("GET", "/admin/swap/status")
     assert not of("POST", "/admin/adapters")
     assert not of("DELETE", "/admin/adapters/a")
 

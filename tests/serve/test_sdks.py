@@ -64,6 +64,48 @@ def test_openai(address: str, tiny_dir: Path) -> None:  # noqa: F811
         client.completions.create(prompt="x", model=base.id, temperature=-1)
 
 
+@pytest.mark.weights
+def test_openai_embeddings(address: str) -> None:
+    openai = pytest.importorskip("openai")
+    pytest.importorskip("onnxruntime")
+    from uma_engine.retrieval.embedder import Embedder
+
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+    answer = client.embeddings.create(model="minilm-l6", input=TEXTS)  # this client asks for base64
+    plain = client.embeddings.create(model="minilm-l6", input=TEXTS[0], encoding_format="float")
+    with Embedder(cache=False) as embedder:
+        mine = embedder.embed(TEXTS).vectors
+        assert answer.usage.prompt_tokens == embedder.count_tokens(TEXTS) > 0
+    assert [d.embedding for d in answer.data] == [[float(x) for x in row] for row in mine]
+    assert plain.data[0].embedding == answer.data[0].embedding
+    for bad in ({"input": []}, {"input": " "}, {"input": "x", "dimensions": 5}):
+        with pytest.raises(openai.BadRequestError):
+            client.embeddings.create(model="minilm-l6", **bad)
+    with pytest.raises(openai.NotFoundError):
+        client.embeddings.create(model="text-embedding-3-small", input="x")
+
+
+def test_litellm(address: str, order: list[tuple[int, float]], tiny_dir: Path) -> None:  # noqa: F811
+    litellm = pytest.importorskip("litellm")
+    answer = litellm.rerank(
+        model="cohere/rerank-v3.5", query=QUERY, documents=TEXTS, top_n=3, api_base=f"{address}/v2/rerank", api_key=KEY
+    )
+    assert [(r["index"], r["relevance_score"]) for r in answer.results] == order
+    said = litellm.text_completion(
+        model=f"text-completion-openai/{tiny_dir}", prompt="Rust is", max_tokens=5, temperature=0,
+        api_base=f"{address}/v1", api_key=KEY,
+    )  # fmt: skip
+    assert said.usage.completion_tokens == 5
+
+
+def test_langchain(address: str, order: list[tuple[int, float]]) -> None:
+    langchain_cohere = pytest.importorskip("langchain_cohere")
+    documents = pytest.importorskip("langchain_core.documents")
+    compressor = langchain_cohere.CohereRerank(cohere_api_key=KEY, base_url=address, model="rerank-v3.5", top_n=3)
+    found = compressor.compress_documents([documents.Document(page_content=t) for t in TEXTS], QUERY)
+    assert [(TEXTS.index(d.page_content), d.metadata["relevance_score"]) for d in found] == order
+
+
 def test_cohere(address: str, order: list[tuple[int, float]]) -> None:
     cohere = pytest.importorskip("cohere")
     client = cohere.ClientV2(api_key=KEY, base_url=address)

@@ -118,6 +118,10 @@ class Embedder:
                 self._cache.put(fresh)
         return Embeddings(vectors, truncated)
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of all texts together, as far as they are read."""
+        return sum(min(self.max_tokens, len(self._tokenizer.encode(text).ids)) for text in texts)
+
     def forget(self, texts: Sequence[str]) -> int:
         """Delete what the cache holds of these texts; how many vectors that were."""
         return 0 if self._cache is None else self._cache.forget(_digests(texts))

@@ -23,6 +23,7 @@ from uma_engine.errors import InvalidRequest, InvariantViolation, UmaError
 from uma_engine.ranking.agreement import kendall_tau
 
 if TYPE_CHECKING:
+    from uma_engine.retrieval.embedder import Embedder
     from uma_engine.tasks.api import AsyncEngine
 
 __all__ = ["Busy", "Generation", "Generations", "Lease", "Make", "SwapPlan"]
@@ -113,11 +114,20 @@ class Generations:
         self._report: dict[str, Any] = {"phase": "idle"}
         self._asked: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=SHADOWED)
         self.num_swaps = 0
+        self._embedder: asyncio.Task[Embedder] | None = None
 
     async def lease(self) -> Lease:
         """The current generation; waits while an exclusive swap runs."""
         await self._open.wait()
         return Lease(self.current)
+
+    async def embedder(self) -> Embedder:
+        """The sentence encoder, opened when it is first asked for. Errors: MissingPackage, DownloadError"""
+        if self._embedder is None or (self._embedder.done() and self._embedder.exception() is not None):
+            from uma_engine.retrieval.embedder import Embedder
+
+            self._embedder = asyncio.create_task(asyncio.to_thread(lambda: Embedder(cache=False)))
+        return await asyncio.shield(self._embedder)
 
     def remember(self, query: str, texts: Sequence[str]) -> None:
         """What was asked: a new base is asked the same before it takes over. In memory alone."""
@@ -179,6 +189,9 @@ class Generations:
         for generation in (self.current, self.previous):
             if generation is not None and generation.engine is not self._first:
                 await generation.engine.close()
+        if self._embedder is not None:
+            with contextlib.suppress(Exception):
+                (await self._embedder).close()
 
     # ---- a swap ----
 

@@ -1,10 +1,12 @@
-"""OpenAI's paths: completions, chat, models.
+"""OpenAI's paths: completions, chat, embeddings, models.
 
 Knows their fields; does not know keys or connections. What they have and this engine has not is refused, never passed over.
 """
 
 from __future__ import annotations
 
+import asyncio
+import base64
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,12 +15,13 @@ import msgspec
 from starlette.responses import Response
 
 from uma_engine.core import FinishReason, SamplingParams
-from uma_engine.errors import InvalidRequest, TooLarge
+from uma_engine.errors import InvalidRequest, TooLarge, UnknownModel
 from uma_engine.serve.app import Context, answer_json, events
-from uma_engine.serve.shapes import ChatRequest, CompletionRequest, decode
+from uma_engine.serve.shapes import ChatRequest, CompletionRequest, EmbeddingRequest, decode
 
 __all__ = ["ROUTES"]
 
+EMBEDDER = "minilm-l6"
 REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length"}
 
 
@@ -60,6 +63,27 @@ async def chat(context: Context, body: bytes) -> Response:
     if asked.response_format is not None:
         params = replace(params, json_schema=_schema(asked.response_format))
     return await _complete(context, asked.model, [prompt], params, asked.stream, asked.stream_options, chat=True)
+
+
+async def embeddings(context: Context, body: bytes) -> Response:
+    asked = decode(body, EmbeddingRequest)
+    texts = [asked.input] if isinstance(asked.input, str) else asked.input
+    context.documents(len(texts), "input")
+    if not texts or not all(text.strip() for text in texts):
+        raise InvalidRequest("`input` is empty, or a text in it is blank", param="input")
+    if asked.model != EMBEDDER:
+        raise UnknownModel(f"`{asked.model}` embeds nothing here", hint=f"`model` is `{EMBEDDER}`", param="model")
+    embedder = await context.generations.embedder()
+    if asked.dimensions not in (None, embedder.dim):
+        raise InvalidRequest(f"`dimensions` is {asked.dimensions} but must be {embedder.dim}", param="dimensions")
+    found = await asyncio.to_thread(embedder.embed, texts)
+    data = []
+    for index, vector in enumerate(found.vectors):
+        value = base64.b64encode(vector.tobytes()).decode() if asked.encoding_format == "base64" else vector.tolist()
+        data.append({"object": "embedding", "index": index, "embedding": value})
+    tokens = await asyncio.to_thread(embedder.count_tokens, texts)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return answer_json({"object": "list", "model": asked.model, "data": data, "usage": usage})
 
 
 def _content(content: str | list[dict[str, Any]] | None) -> str:
@@ -177,4 +201,5 @@ ROUTES = (
     ("/v1/models", models, "rank", ("GET",)),
     ("/v1/completions", completions),
     ("/v1/chat/completions", chat),
+    ("/v1/embeddings", embeddings),
 )

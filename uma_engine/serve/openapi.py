@@ -28,6 +28,7 @@ BODIES: dict[str, tuple[type, str]] = {
     "/score": (shapes.ScoreRequest, "As `/v1/score`"),
     "/v1/completions": (shapes.CompletionRequest, "OpenAI's completions"),
     "/v1/chat/completions": (shapes.ChatRequest, "OpenAI's chat completions"),
+    "/v1/embeddings": (shapes.EmbeddingRequest, "OpenAI's embeddings, by MiniLM"),
     "/admin/adapters": (shapes.AdapterRequest, "Load an adapter from below the server's adapter root"),
     "/admin/swap": (shapes.SwapRequest, "Swap the base while requests run"),
 }

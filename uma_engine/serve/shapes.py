@@ -5,7 +5,7 @@ Knows field names and types; does not know the engine. A number is a number: nei
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -15,6 +15,7 @@ __all__ = [
     "AdapterRequest",
     "ChatRequest",
     "CompletionRequest",
+    "EmbeddingRequest",
     "RankRequest",
     "RerankRequest",
     "ScoreRequest",
@@ -135,6 +136,16 @@ class ChatRequest(msgspec.Struct):
     frequency_penalty: float | None = 0.0
     repetition_penalty: float | None = None
     response_format: dict[str, Any] | None = None
+
+
+class EmbeddingRequest(msgspec.Struct):
+    """OpenAI's `/v1/embeddings`. Texts only: token ids would be another tokenizer's."""
+
+    input: str | list[str]
+    model: str = "minilm-l6"
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
 
 
 class AdapterRequest(msgspec.Struct, forbid_unknown_fields=True):

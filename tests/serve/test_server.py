@@ -385,3 +385,38 @@ def test_the_asynchronous_client(client: Client, engine: Engine) -> None:
                 await other.rank("", TEXTS)
 
     client.run(ask())
+
+
+def test_many_adapters_over_http(tiny_dir: Path, adapter_dirs: dict[str, Path]) -> None:  # noqa: F811
+    """Known, loaded on demand, pinned, renamed, read again, by an operator: more than there are slots."""
+    root = adapter_dirs["alpha"].parent
+    keys = (Key.of("operator", "admin", ADMIN),)
+    client = Client(tiny_dir, keys=keys, adapter_root=root)
+    try:
+        for i in range(12):
+            path = sorted(adapter_dirs)[i % len(adapter_dirs)]
+            told = client.post("/admin/adapters", {"name": f"a{i}", "path": path, "load": False}, key=ADMIN)
+            assert told.json() == {"name": f"a{i}", "digest": None}
+        asked = {"query": QUERY, "candidates": TEXTS}
+        found = [client.post("/v1/rank", asked | {"adapter": f"a{i}"}, key=ADMIN).json() for i in range(12)]
+        assert all(f["stack"]["adapter"] == f"a{i}" for i, f in enumerate(found))
+        again = client.post("/v1/rank", asked | {"adapter": "a0"}, key=ADMIN).json()
+        assert again["results"] == found[0]["results"], "who had made room is back"
+        known = client.get("/admin/adapters", key=ADMIN).json()
+        slots = known["max_loras"]
+        assert len(known["adapters"]) == 12
+        assert sum(row["resident"] for row in known["adapters"]) == min(slots, 12)
+        metrics = client.get("/metrics", key=ADMIN).text
+        assert f"uma:num_adapters {min(slots, 12)}\n" in metrics
+        assert client.post("/admin/adapters", {"name": "live", "alias_of": "a0"}, key=ADMIN).status_code == 200
+        assert client.post("/v1/rank", asked | {"adapter": "live"}, key=ADMIN).json()["results"] == again["results"]
+        client.post("/admin/adapters", {"name": "live", "alias_of": "a1"}, key=ADMIN)
+        assert client.post("/v1/rank", asked | {"model": "live"}, key=ADMIN).json()["results"] == found[1]["results"]
+        assert "live" in client.get("/v1/adapters", key=ADMIN).json()["adapters"]
+        reloaded = client.post("/admin/adapters/a1/reload", key=ADMIN)
+        assert reloaded.json()["digest"] == found[1]["stack"]["adapter_digest"]
+        assert client.post("/admin/adapters/nobody/reload", key=ADMIN).status_code == 404
+        for body in ({"name": "x"}, {"name": "x", "path": "alpha", "alias_of": "a1"}, {"name": "", "path": "alpha"}):
+            assert client.post("/admin/adapters", body, key=ADMIN).status_code == 400, body
+    finally:
+        client.close()

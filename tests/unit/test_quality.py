@@ -45,7 +45,9 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     for q in queries:
         scores = next(row["scores"] for row in map(json.loads, lines) if row["id"] == q.id)
-        assert [scores[d] for d in whole[q.id]] == sorted(scores.values(), reverse=True)
+        assert whole[q.id] == scores
+    order = quality.ordered(pools, queries, whole)
+    assert all([whole[q.id][d] for d in order[q.id]] == sorted(whole[q.id].values(), reverse=True) for q in queries)
 
 
 def test_rows_have_intervals_by_form() -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +83,7 @@ def load_adapter(
     expected = _expected_sites(config, sites, prefix, where)
     _refuse_ranks(config, expected, prefix, max_rank, where)
     _check_parts(parts, expected, where)
-    return _pack(config, parts, sites, prefix, where)
+    return _pack(config, tensors, parts, sites, prefix, where)
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
@@ -138,7 +140,7 @@ def _by_site(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[str, dict
                 f"{where}: `{name}` is {tensor.dtype} but must be a floating point type of 16 bits or more"
             )
         tensor = tensor.to(torch.float32).contiguous()
-        if not torch.isfinite(tensor).all():
+        if not all(math.isfinite(x) for x in torch.aminmax(tensor)):  # one pass: a NaN is its own extreme
             raise AdapterError(f"{where}: `{name}` holds NaN or infinity", hint="the training has diverged")
         parts.setdefault(found["site"], {})[found["part"]] = tensor
     if prefix is None:
@@ -193,35 +195,52 @@ def _check_parts(parts: Mapping[str, Mapping[str, torch.Tensor]], expected: list
 
 def _pack(
     config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
     parts: dict[str, dict[str, torch.Tensor]],
     sites: Mapping[str, tuple[int, int]],
     prefix: str,
     where: str,
 ) -> LoadedAdapter:
-    digest = hashlib.sha256(b"uma lora 1")
     packed: dict[str, PackedLora] = {}
-    for site in sorted(parts):
-        (width_in, width_out), rank = sites[site], config.rank_of(prefix + site)
-        lora_a, lora_b = parts[site]["A"], parts[site]["B"]
-        for name, tensor, shape in (("A", lora_a, (rank, width_in)), ("B", lora_b, (width_out, rank))):
-            if tuple(tensor.shape) != shape:
-                raise AdapterError(
-                    f"{where}: `lora_{name}` of `{site}` has the shape {list(tensor.shape)} but base and rank ask for"
-                    f" {list(shape)}",
-                    hint="the adapter was trained on another base",
-                )
-        scaling = config.scaling_of(prefix + site)
-        digest.update(f"\n{site} {rank} {scaling.hex()}\n".encode())
-        digest.update(lora_a.numpy().tobytes())
-        digest.update(lora_b.numpy().tobytes())
-        packed[site] = pack_lora(lora_a, lora_b, scaling)
+    with ThreadPoolExecutor(1) as other:  # hashing lets go of the interpreter: it takes the time of packing, not more
+        digest = other.submit(_digest, config, tensors, parts, prefix)
+        for site in sorted(parts):
+            (width_in, width_out), rank = sites[site], config.rank_of(prefix + site)
+            lora_a, lora_b = parts[site]["A"], parts[site]["B"]
+            for name, tensor, shape in (("A", lora_a, (rank, width_in)), ("B", lora_b, (width_out, rank))):
+                if tuple(tensor.shape) != shape:
+                    raise AdapterError(
+                        f"{where}: `lora_{name}` of `{site}` has the shape {list(tensor.shape)} but base and rank ask for"
+                        f" {list(shape)}",
+                        hint="the adapter was trained on another base",
+                    )
+            packed[site] = pack_lora(lora_a, lora_b, config.scaling_of(prefix + site))
     return LoadedAdapter(
-        digest=digest.digest(),
+        digest=digest.result(),
         rank=max(p.rank for p in packed.values()),
         packed=packed,
         num_bytes=sum(p.nbytes for p in packed.values()),
         base_model=config.base_model,
     )
+
+
+def _digest(
+    config: PeftConfig,
+    tensors: Mapping[str, torch.Tensor],
+    parts: Mapping[str, Mapping[str, torch.Tensor]],
+    prefix: str,
+) -> bytes:
+    digest = hashlib.sha256(b"uma lora 2")
+    for site in sorted(parts):
+        rank, scaling = config.rank_of(prefix + site), config.scaling_of(prefix + site)
+        digest.update(f"\n{site} {rank} {scaling.hex()}\n".encode())
+        for part in "AB":
+            tensor = tensors[
+                f"base_model.model.{prefix}{site}.lora_{part}.weight"
+            ]  # as it was stored: half of fp32's bytes
+            digest.update(f"{part} {tensor.dtype}\n".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _listed(names: str | tuple[str, ...]) -> str:

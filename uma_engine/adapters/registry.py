@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from uma_engine.adapters.loader import LoadedAdapter, load_adapter
 from uma_engine.core import AdapterRef
@@ -161,6 +161,16 @@ class AdapterRegistry:
                 raise UnknownAdapter(f"the adapter with digest `{ref.digest.hex()[:12]}` is no longer loaded")
             return resident.path
 
+    def is_loaded(self, name: str) -> bool:
+        with self._lock:
+            return name in self._names
+
+    def has_room(self, name: str) -> bool:
+        """Whether `load` would find a slot for this name now."""
+        with self._lock:
+            old = self._names.get(name)
+            return None in self._slots or (old is not None and old.num_requests == 0)
+
     @property
     def version(self) -> int:
         """Another number whenever a slot has got or lost its adapter."""
@@ -189,8 +199,10 @@ class AdapterRegistry:
 
     def _named(self, name: str) -> _Resident:
         found = self._names.get(name)
-        if found is not None:
-            return found
+        return found if found is not None else self.unknown(name)
+
+    def unknown(self, name: str) -> NoReturn:
+        """Raise UnknownAdapter, naming the nearest ones."""
         near = difflib.get_close_matches(str(name), self._names, n=3, cutoff=0.5)
         if near:
             hint = "did you mean " + " or ".join(f"`{n}`" for n in near)

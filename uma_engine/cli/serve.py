@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import json
 import math
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"`{args.adapter_root}` is not a directory", param="adapter-root")
     if not 0 <= args.front_ends <= 64:
         raise InvalidRequest(f"`--front-ends` is {args.front_ends} but must be from 0 to 64", param="front-ends")
+    if args.register and args.adapter_root is None:
+        raise InvalidRequest("`--register` is given without `--adapter-root`", param="register")
     settings = settings_of(args, keys)
     model, _ = _started(args.model, settings.state_file)
     _tls(args.tls_cert, args.tls_key)
@@ -118,6 +121,8 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
         options["num_threads"] = args.threads
     if args.log:
         options["decision_log"] = args.log
+    if args.max_loras is not None:
+        options["max_loras"] = args.max_loras
     model, adapters = _started(args.model, settings.state_file)
     if args.adapter:
         adapters = {Path(args.adapter).resolve().name: args.adapter} | adapters
@@ -129,8 +134,14 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
 
     async with engine:
         for name, path in adapters.items():
-            await engine.load_adapter(name, path)
+            engine.register_adapter(name, path)
+        if args.register:
+            for path in sorted(settings.adapter_root.glob(args.register)):
+                if (path / "adapter_config.json").is_file() and not path.is_symlink():
+                    engine.register_adapter(path.name, path)
         plan = SwapPlan(model, {name: Path(path).absolute() for name, path in adapters.items()})
+        gc.collect()
+        gc.freeze()  # what is there now stays: looking through it again and again would stop requests for 100 ms
         yield engine, make_app(engine, settings, make, plan)
 
 

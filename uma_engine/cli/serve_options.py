@@ -33,6 +33,8 @@ def add_command(commands: Any, model_options: Callable[[argparse.ArgumentParser]
     add("--tls-cert", metavar="FILE", help="certificate chain in PEM: answer over TLS")
     add("--tls-key", metavar="FILE", help="its private key in PEM")
     add("--adapter-root", metavar="DIR", help="adapters may be loaded from below this directory over HTTP")
+    add("--register", metavar="GLOB", help="make adapters below it known at the start; the first request loads one")
+    add("--max-loras", type=int, metavar="N", help="adapters in memory at once (default: 8)")
     add("--alias", action="append", default=[], metavar="NAME", help="another name of the base; repeatable")
     add("--max-body-mb", type=float, default=8, metavar="N", help="largest request (default: 8)")
     add("--max-waiting", type=int, default=256, metavar="N", help="requests of one key that may wait (default: 256)")

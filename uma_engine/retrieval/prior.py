@@ -15,7 +15,7 @@ from uma_engine.errors import InvalidRequest, MissingPackage
 
 __all__ = ["log_odds", "with_priors"]
 
-COSINE, WORDS, OFFSET = 10.0, 2.0, 5.2  # OFFSET makes the mean over those whom a first stage finds about 0
+COSINE, WORDS, OFFSET = 13.0, 1.7, 6.3  # OFFSET makes the mean over those whom a first stage finds about 0
 
 
 def log_odds(cosine: Any, words: Any) -> Any:

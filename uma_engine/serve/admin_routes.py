@@ -36,12 +36,50 @@ async def adapters(context: Context, body: bytes) -> Response:
     return answer_json({"adapters": context.engine.adapters()})
 
 
+async def known_adapters(context: Context, body: bytes) -> Response:
+    rows = []
+    for known, info in context.engine.known_adapters():
+        row = {
+            "name": known.name,
+            "pinned": known.pinned,
+            "resident": info is not None,
+            "load_s": round(known.load_s, 4),
+        }
+        if info is not None:
+            row |= {
+                "digest": info.ref.digest.hex(),
+                "rank": info.rank,
+                "bytes": info.num_bytes,
+                "requests": info.num_requests,
+            }
+        rows.append(row)
+    return answer_json({"adapters": rows, "max_loras": context.engine.config.max_loras})
+
+
 async def load_adapter(context: Context, body: bytes) -> Response:
     asked = decode(body, AdapterRequest)
+    if (asked.path is None) == (asked.alias_of is None):
+        raise InvalidRequest("one of `path` and `alias_of` is needed", param="path")
+    if asked.alias_of is not None:
+        context.engine.alias_adapter(asked.name, asked.alias_of)
+        return answer_json({"name": asked.name, "alias_of": asked.alias_of})
+    assert asked.path is not None
     path = _below(context, asked.path)
+    if not asked.load:
+        context.engine.register_adapter(asked.name, path, pinned=asked.pinned)
+        context.generations.keep_adapter(asked.name, path)
+        return answer_json({"name": asked.name, "digest": None})
     ref = await context.engine.load_adapter(asked.name, path)
+    if asked.pinned:
+        context.engine.register_adapter(asked.name, path, pinned=True)
     context.generations.keep_adapter(asked.name, path)
     return answer_json({"name": asked.name, "digest": ref.digest.hex()})
+
+
+async def reload_adapter(context: Context, body: bytes) -> Response:
+    name = context.request.path_params["name"]
+    ref = await context.engine.reload_adapter(name)
+    return answer_json({"name": name, "digest": ref.digest.hex()})
 
 
 async def unload_adapter(context: Context, body: bytes) -> Response:
@@ -71,7 +109,9 @@ async def rollback(context: Context, body: bytes) -> Response:
 
 ROUTES = (
     ("/v1/adapters", adapters, "rank", ("GET",)),
+    ("/admin/adapters", known_adapters, "admin", ("GET",)),
     ("/admin/adapters", load_adapter, "admin"),
+    ("/admin/adapters/{name}/reload", reload_adapter, "admin"),
     ("/admin/adapters/{name}", unload_adapter, "admin", ("DELETE",)),
     ("/admin/swap", swap, "admin"),
     ("/admin/swap/status", swap_status, "admin", ("GET",)),

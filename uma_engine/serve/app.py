@@ -35,6 +35,7 @@ from uma_engine.serve.generations import Generations, Lease, Make, SwapPlan
 from uma_engine.serve.metrics import Metrics
 from uma_engine.serve.openapi import document
 from uma_engine.serve.settings import Key, Scope, ServeSettings
+from uma_engine.serve.shapes import NamedRequest
 
 if TYPE_CHECKING:
     from uma_engine.tasks.api import AsyncEngine
@@ -95,8 +96,19 @@ class Context:
             raise InvalidRequest(
                 f"the header `{PRIORITY}` is `{wanted:.20}` but must be interactive or batch", param=PRIORITY
             )
+        self._prefetch(body)
         cost = len(body) / BYTES_A_TOKEN
         self.ticket = await self.admission.enter(self.tenant, cost, self.settings.deadline_s, wanted == "batch")
+
+    def _prefetch(self, body: bytes) -> None:
+        """Begin to load what the request will ask for: it has to wait here anyway. What is wrong shows when it is asked for."""
+        engine = self.generations.current.engine
+        with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+            asked = msgspec.json.decode(body, type=NamedRequest)
+            names = [name for name in (asked.adapter, asked.model) if name and name != engine.model]
+            if names and not engine.closed and engine.is_cold(names[0]):
+                task = asyncio.ensure_future(asyncio.to_thread(engine.prefetch_adapter, names[0]))
+                task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def deadline(self, asked: float | None = None) -> float:
         """Seconds that are left of what the request, or else the server, allows."""

@@ -63,6 +63,13 @@ class Metrics:
             ("kv_cache_usage_perc", "Share of the KV blocks in use."),
         ):
             metric(f"uma:{name}", "gauge", text, [("", counters[name])])
+        for name, kind, text in (
+            ("num_adapters", "gauge", "Adapters in slots."),
+            ("adapter_misses", "counter", "Requests whose adapter had to be loaded."),
+            ("adapter_evictions", "counter", "Idle adapters that made room."),
+            ("num_steps", "counter", "Steps of the engine."),
+        ):
+            metric(f"uma:{name}{'_total' if kind == 'counter' else ''}", kind, text, [("", counters[name])])
         door = self._admission
         metric(
             "uma:num_requests_queued", "gauge", "Requests that wait for their tenant's turn.", [("", door.num_waiting)]

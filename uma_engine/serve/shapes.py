@@ -16,6 +16,7 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "EmbeddingRequest",
+    "NamedRequest",
     "RankRequest",
     "RerankRequest",
     "ScoreRequest",
@@ -149,10 +150,21 @@ class EmbeddingRequest(msgspec.Struct):
 
 
 class AdapterRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """`/admin/adapters`: `path` below the server's adapter root."""
+    """`/admin/adapters`: `path` below the server's adapter root, or `alias_of` for another name of a known adapter. `load` false: the first
+    request that asks for it loads it. `pinned`: it stays in its slot."""
 
     name: str
-    path: str
+    path: str | None = None
+    alias_of: str | None = None
+    load: bool = True
+    pinned: bool = False
+
+
+class NamedRequest(msgspec.Struct):
+    """What a request is asked of, whatever else is in it."""
+
+    model: str | None = None
+    adapter: str | None = None
 
 
 class SwapRequest(msgspec.Struct, forbid_unknown_fields=True):

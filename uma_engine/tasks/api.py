@@ -60,12 +60,18 @@ class Engine(EngineBase):
         return Audit(self)
 
     def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
-        """Load a PEFT adapter directory under `name`, replacing what had that name at once.
+        """Load a PEFT adapter directory under `name`, replacing what had that name at once; with every slot taken it takes that of an idle
+        adapter, which is loaded again when somebody asks for it.
 
-        Errors: AdapterError with the reason, before anything becomes visible.
+        Errors: AdapterError with the reason, before anything becomes visible; Overloaded where every slot stays in use.
         """
         self._check_open()
         return self._load_adapter(name, path)
+
+    def reload_adapter(self, name: str) -> AdapterRef:
+        """Read a known adapter's files again; requests from now on get what is there. Errors: UnknownAdapter, AdapterError"""
+        self._check_open()
+        return self._stack.adapter_store.reload(name)
 
     def rank(
         self,
@@ -364,6 +370,11 @@ class AsyncEngine(EngineBase):
         """As `Engine.load_adapter`."""
         self._check_open()
         return await asyncio.to_thread(self._load_adapter, name, path)
+
+    async def reload_adapter(self, name: str) -> AdapterRef:
+        """As `Engine.reload_adapter`."""
+        self._check_open()
+        return await asyncio.to_thread(self._stack.adapter_store.reload, name)
 
     async def rank(
         self,

@@ -43,6 +43,7 @@ from uma_engine.tasks.surface_rank import as_surface, surface_call
 from uma_engine.tasks.usage import Clock, usage_of
 
 if TYPE_CHECKING:
+    from uma_engine.adapters import AdapterInfo, Known
     from uma_engine.catalog.tokenizer import Tokenizer
     from uma_engine.decision_log import DecisionLog
 
@@ -98,15 +99,40 @@ class EngineBase:
         if not isinstance(path, str | Path):
             raise InvalidRequest(f"`path` is a `{type(path).__name__}` but must be a string or a Path", param="path")
         self._check_open()
-        return self._stack.adapters.load(check_text("name", name), Path(path).expanduser().absolute())
+        return self._stack.adapter_store.load(check_text("name", name), Path(path).expanduser().absolute())
+
+    def register_adapter(self, name: str, path: str | Path, *, pinned: bool = False) -> None:
+        """Make an adapter known without loading it: the first request that asks for it does, and may put an idle one out of its slot (of
+        `max_loras`), which comes back in the same way. `pinned`: it stays once it is there. Errors: AdapterError"""
+        self._check_open()
+        path = Path(path).expanduser().absolute()
+        self._stack.adapter_store.register(check_text("name", name), path, pinned)
+
+    def alias_adapter(self, alias: str, name: str) -> None:
+        """Another name for a known adapter, or the same for another one: requests from now on get that. Errors: UnknownAdapter,
+        AdapterError"""
+        self._stack.adapter_store.alias(check_text("alias", alias), name)
+
+    def known_adapters(self) -> list[tuple[Known, AdapterInfo | None]]:
+        """Every known adapter by name, and what is in its slot, if anything."""
+        return self._stack.adapter_store.known()
+
+    def is_cold(self, name: str) -> bool:
+        """Whether this is a known adapter that would have to be loaded."""
+        return self._stack.adapter_store.is_cold(name)
+
+    def prefetch_adapter(self, name: str) -> None:
+        """Load a known adapter now, if it is not there, and blocks until then. Errors: as `lease` of a request"""
+        store = self._stack.adapter_store
+        store.release(store.lease(name))
 
     def unload_adapter(self, name: str) -> None:
-        """Forget an adapter. Requests that use it finish; its memory is freed with the last of them."""
-        self._stack.adapters.unload(name)
+        """Forget an adapter or an alias. Requests that use it finish; its memory is freed with the last of them."""
+        self._stack.adapter_store.unload(name)
 
     def adapters(self) -> list[str]:
-        """Names of the loaded adapters, sorted."""
-        return [info.name for info in self._stack.adapters.loaded()]
+        """Names that may be asked for, sorted: of loaded adapters, of registered ones, and aliases."""
+        return self._stack.adapter_store.names()
 
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of messages, each with `role` (system, user, assistant) and `content`, in the base's chat template, up to where an
@@ -166,13 +192,16 @@ class EngineBase:
         return self._stack.loop.closed
 
     def counters(self) -> dict[str, float]:
-        """What goes on now: `num_requests_running`, `num_requests_waiting`, `kv_cache_usage_perc` from 0 to 1, and `num_steps` so far. A
-        look from outside: the numbers may be of two steps."""
+        """What goes on now: requests running and waiting, `kv_cache_usage_perc` from 0 to 1, adapters in slots; and so far: `num_steps`,
+        misses and evictions of adapters. A look from outside: the numbers may be of two steps."""
         scheduler, pool = self._stack.scheduler, self._stack.block_pool
         return {
             "num_requests_running": scheduler.num_running,
             "num_requests_waiting": scheduler.num_waiting,
             "kv_cache_usage_perc": pool.num_used / max(1, pool.num_blocks),
+            "num_adapters": sum(info is not None for _, info in self._stack.adapter_store.known()),
+            "adapter_misses": self._stack.adapter_store.num_misses,
+            "adapter_evictions": self._stack.adapter_store.num_evictions,
             "num_steps": self._stack.loop.num_steps,
         }
 
@@ -183,7 +212,7 @@ class EngineBase:
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def _lease(self, adapter: str | None) -> AdapterRef | None:
-        return None if adapter is None else self._stack.adapters.lease(check_text("adapter", adapter))
+        return None if adapter is None else self._stack.adapter_store.lease(check_text("adapter", adapter))
 
     @contextlib.contextmanager
     def _leased(self, adapter: str | None, sink: ScoreSink) -> Iterator[AdapterRef | None]:
@@ -217,7 +246,7 @@ class EngineBase:
 
     def _release_with(self, ref: AdapterRef | None, sink: CallSink) -> None:
         if ref is not None:
-            sink.future.add_done_callback(lambda _: self._stack.adapters.release(ref))
+            sink.future.add_done_callback(lambda _: self._stack.adapter_store.release(ref))
 
     def _ids_of(self, name: str, value: str | Sequence[int]) -> list[int]:
         """Token ids of a text, or the ids themselves, checked against the vocabulary."""

@@ -210,7 +210,7 @@ def _check_digests(engine: EngineBase, bounds: Bounds, adapter: str | None) -> N
         stack = engine.stack_info(adapter, ref)
     finally:
         if ref is not None:
-            engine._stack.adapters.release(ref)
+            engine._stack.adapter_store.release(ref)
     if (stack.base_digest, stack.adapter_digest) != (bounds.base_digest, bounds.adapter_digest):
         raise InvalidRequest(
             "the bounds were fitted for another base or adapter",

@@ -255,7 +255,7 @@ def stream_plan(
 @contextlib.contextmanager
 def _held(engine: EngineBase, names: Iterable[str | None]) -> Iterator[dict[str | None, AdapterRef | None]]:
     """The adapters, kept loaded for all stages."""
-    adapters = engine._stack.adapters
+    adapters = engine._stack.adapter_store
     refs: dict[str | None, AdapterRef | None] = {}
     try:
         for name in sorted(names, key=str):

@@ -34,7 +34,7 @@ class Stack:
     """One loaded base, ready to run. `close()` stops its loop and frees its memory."""
 
     def __init__(self, model: str | Path, config: EngineConfig, progress: Progress | None = None) -> None:
-        from uma_engine.adapters import AdapterRegistry
+        from uma_engine.adapters import AdapterRegistry, AdapterStore
         from uma_engine.catalog import open_model, resolve
         from uma_engine.catalog.cache import cache_dir, file_digest
         from uma_engine.catalog.chat_template import ChatTemplate
@@ -89,6 +89,7 @@ class Stack:
             self.runner = self._cpu_runner(num_blocks)
         else:
             num_blocks = self._make_device_runner()
+        self.adapter_store = AdapterStore(self.adapters)
         self.block_pool = BlockPool(num_blocks, config.block_size)
         self.scheduler = Scheduler(config, self.block_pool, max_model_len=self.max_model_len)
         self.meter = StepMeter(self.model_config, on_device=config.device != "cpu")

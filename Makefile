@@ -8,7 +8,7 @@ SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/include/uma/*.h) setup.py pyp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help rank test test-gpu-kernels test-fast check lint format types imports sanitize fuzz instructions bench bench-peers report build clean doctor
+.PHONY: help rank test test-gpu-kernels reliability test-fast check lint format types imports sanitize fuzz instructions bench bench-peers report build clean doctor
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,11 +41,15 @@ doctor: $(STAMP)  ## what was found on this machine
 	$(BIN)/uma doctor
 
 test: $(VENV)/.dev-installed  ## all tests, but for those of GPU kernels
-	$(BIN)/python -m pytest -q -m 'not interpreted'
+	$(BIN)/python -m pytest -q -m 'not interpreted and not reliability'
 
 # Two processes: an interpreted kernel uses one CPU. A machine with a GPU runs bench/gpu.sh instead.
 test-gpu-kernels: $(VENV)/.dev-installed  ## GPU kernels without a GPU: interpreted against the reference, compiled for sm_80 and sm_90
 	$(BIN)/python -m pytest -q -m interpreted -n 2 --dist worksteal
+
+# Minutes; FORM=long takes hours and keeps its numbers in bench/results.
+reliability: $(VENV)/.dev-installed  ## chaos against a whole server: kills, hangs, swaps, damage, storms, noise
+	UMA_RELIABILITY=$(FORM) $(BIN)/python -m pytest -q tests/reliability
 
 test-fast: $(VENV)/.dev-installed  ## tests without weights and slow ones
 	$(BIN)/python -m pytest -q -m 'not slow and not weights and not interpreted'

@@ -66,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {model}")
         return 0
+    from uma_engine.serve import logs
+
+    logs.configure(args.log_level)
     return asyncio.run(_supervise(args, len(keys)) if args.front_ends else _serve(args, settings))
 
 
@@ -112,7 +115,7 @@ def settings_of(args: argparse.Namespace, keys: tuple[Any, ...]) -> Any:
 @contextlib.asynccontextmanager
 async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[tuple[Any, Any]]:
     """The engine and the application over it."""
-    from uma_engine.serve import make_app
+    from uma_engine.serve import logs, make_app
     from uma_engine.serve.generations import SwapPlan
     from uma_engine.tasks.api import AsyncEngine
 
@@ -121,6 +124,8 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
         options["num_threads"] = args.threads
     if args.log:
         options["decision_log"] = args.log
+    if args.kv_cache_mb is not None:
+        options["kv_cache_bytes"] = args.kv_cache_mb * 2**20
     if args.max_loras is not None:
         options["max_loras"] = args.max_loras
     model, adapters = _started(args.model, settings.state_file)
@@ -140,6 +145,8 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
                 if (path / "adapter_config.json").is_file() and not path.is_symlink():
                     engine.register_adapter(path.name, path)
         plan = SwapPlan(model, {name: Path(path).absolute() for name, path in adapters.items()})
+        if args.otlp_endpoint:
+            logs.trace_to(args.otlp_endpoint)
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again would stop requests for 100 ms
         yield engine, make_app(engine, settings, make, plan)

@@ -20,6 +20,7 @@ from uma_engine.errors import InvalidRequest
 __all__ = ["PREFIX", "add_command", "option_names"]
 
 PREFIX = "UMA_SERVE_"
+LEVELS = ("debug", "info", "warning", "error")
 ELSEWHERE = {"help", "check", "config", "run", "configure"}  # flags alone
 
 
@@ -35,11 +36,14 @@ def add_command(commands: Any, model_options: Callable[[argparse.ArgumentParser]
     add("--adapter-root", metavar="DIR", help="adapters may be loaded from below this directory over HTTP")
     add("--register", metavar="GLOB", help="make adapters below it known at the start; the first request loads one")
     add("--max-loras", type=int, metavar="N", help="adapters in memory at once (default: 8)")
+    add("--kv-cache-mb", type=int, metavar="N", help="memory for keys and values (default: 512 on a CPU)")
     add("--alias", action="append", default=[], metavar="NAME", help="another name of the base; repeatable")
     add("--max-body-mb", type=float, default=8, metavar="N", help="largest request (default: 8)")
     add("--max-waiting", type=int, default=256, metavar="N", help="requests of one key that may wait (default: 256)")
     add("--deadline", type=float, default=120, metavar="S", help="seconds of a request (default: 120)")
     add("--log", metavar="FILE", help="keep every ranking in this decision log")
+    add("--log-level", choices=LEVELS, default="warning", help="of JSON lines on standard error (default: warning)")
+    add("--otlp-endpoint", metavar="URL", help="send spans to this OpenTelemetry collector (extra otel)")
     add("--state", metavar="FILE", help="keep which base answers, so that a restart has the last swap's")
     add(
         "--front-ends",

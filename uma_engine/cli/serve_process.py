@@ -20,12 +20,14 @@ from typing import Any
 
 from uma_engine.cli.serve import GRACE_S, application, settings_of, web_server
 from uma_engine.errors import UmaError
+from uma_engine.serve import logs
 from uma_engine.serve.settings import read_keys
 
 
 def main() -> int:
     told = json.loads(_line())
     args = argparse.Namespace(**told["args"])
+    logs.configure(args.log_level)
     settings = settings_of(args, read_keys(args.keys))
     threading.Thread(target=_end_with_supervisor, daemon=True).start()
     path = Path(told["socket"])

@@ -29,7 +29,7 @@ from uma_engine.errors import (
     UmaError,
     UnknownAdapter,
 )
-from uma_engine.serve import console
+from uma_engine.serve import console, logs
 from uma_engine.serve.admission import Admission, Ticket
 from uma_engine.serve.generations import Generations, Lease, Make, SwapPlan
 from uma_engine.serve.metrics import Metrics
@@ -210,9 +210,30 @@ def make_app(
 
 
 async def _served(context: Context, path: str, handler: Handler, scope: Scope, state: dict[str, bool]) -> Response:
+    with logs.span(path, context.request.headers.get("traceparent")) as fields:
+        try:
+            return await _answer(context, path, handler, scope, state, fields)
+        finally:
+            logs.answered(path=path, **fields)
+
+
+async def _answer(
+    context: Context, path: str, handler: Handler, scope: Scope, state: dict[str, bool], fields: dict[str, Any]
+) -> Response:
     began = time.perf_counter()
     error: UmaError | None = None
     held = True
+    fields |= {"request": context.id, "status": 499}
+
+    def ended(status: int) -> None:
+        seconds = time.perf_counter() - began
+        context.metrics.done(path, status, seconds)
+        waited = None if context.ticket is None else round(context.ticket.waited, 6)
+        stack = None if context.lease is None else context.lease.engine.stack_info().base_digest[:12]
+        fields.update(status=status, seconds=round(seconds, 6), waited=waited, tenant=context.tenant, base=stack)
+        if error is not None:
+            fields["error"] = type(error).__name__
+
     try:
         _admit(context, scope, state)
         body = await read_body(context.request, context.settings.max_body_bytes)
@@ -224,10 +245,10 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
     except ClientDisconnect:
         error = RequestCancelled("the client has left")
     except asyncio.CancelledError:
-        context.metrics.done(path, 499, time.perf_counter() - began)
+        ended(499)
         raise
     except Exception:
-        logger.exception("request %s failed", context.id)
+        logger.exception("a request failed", extra={"fields": {"request": context.id}})
         error = UmaError("the server failed", hint=f"its log has request {context.id}")
     finally:
         if held:
@@ -235,7 +256,7 @@ async def _served(context: Context, path: str, handler: Handler, scope: Scope, s
     if error is not None:
         response = error_response(error)
     response.headers["x-request-id"] = context.id
-    context.metrics.done(path, response.status_code, time.perf_counter() - began)
+    ended(response.status_code)
     return response
 
 

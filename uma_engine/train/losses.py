@@ -1,5 +1,5 @@
-"""What a step minimises, for the candidates of one job: margins (logit of the right label less that of the wrong, and the
-candidate's prior: what is known before reading is not learned again) and grades.
+"""What a step minimises, for the candidates of one job: margins (logit of the right label less that of the wrong, and
+`loss.prior` of the candidate's prior) and grades.
 
     pointwise   cross-entropy of the label: a candidate of grade g counts as right with g / (largest grade of the data)
     listwise    cross-entropy between softmax(gains over the job's candidates) and softmax(margins / temperature)   (ListNet)

@@ -5,7 +5,8 @@ are ESCO occupations, graded 3 (exact match), 2 (close), 1 (narrower or broader)
 and MiniLM, fused by reciprocal rank.
 
 Splits are by SOC major group, so that no occupation is on both sides, and an ESCO occupation that is relevant to a dev or
-test job is no candidate in training at all. All files have the first stage's best `POOL` for each job, as a cascade would meet them.
+test job is no candidate in training at all. The dev and test files have the first stage's best `POOL` for each job, as a cascade would
+meet them; training jobs have all who fit.
 
 Knows the files of the data sets; does not know training. Sources and licences go into `card.json`.
 """
@@ -31,6 +32,7 @@ __all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "first_stages", "read_collectio
 DEV_MAJORS = frozenset({"21", "33", "41", "47"})
 TEST_MAJORS = frozenset({"15", "29", "35", "49"})
 POOL = 100
+NEGATIVES = 40  # of a training job
 # A text's candidates by id, best first, and log-odds of anybody by id.
 Found = tuple[Sequence[str], Mapping[str, float]]
 FirstStage = Callable[[Sequence[str], Mapping[str, str], Callable[[str], None]], Sequence[Found]]
@@ -76,10 +78,10 @@ def build(
     for (soc, form, text), (ranked, priors) in zip(jobs, order, strict=True):
         split, judged = split_of(soc), grades.get(soc, {})
         if split == "train":
-            # As a cascade will meet them: with those who fit and were not found, a high prior would count against a candidate.
-            chosen = [doc for doc in ranked[:POOL] if doc not in held_out]
-            if not any(judged.get(doc) for doc in chosen) or len(chosen) < 2:
+            good = [doc for doc in judged if doc in corpus and doc not in held_out]
+            if not good:
                 continue
+            chosen = good + [doc for doc in ranked if doc not in judged and doc not in held_out][:NEGATIVES]
             missed: list[int] = []
         else:
             chosen = list(ranked[:POOL])

@@ -46,13 +46,15 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Loss:
-    """Weights of the terms; see `losses`. `gain`: how a grade weighs, "exponential" 2^g - 1 as in nDCG, or "linear"."""
+    """Weights of the terms; see `losses`. `prior`: the share of a candidate's prior that is added to the margin before the loss sees it.
+    The dev measure always adds all of it, but with 0 the model learns to tell candidates apart by itself. `gain`: how a grade weighs, "exponential" 2^g - 1 as in nDCG, or "linear"."""
 
     pointwise: float = 0.2
     listwise: float = 1.0
     pairwise: float = 0.0
     temperature: float = 1.0
     gain: str = "exponential"
+    prior: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Recipe:
             ("lora.rank", self.lora.rank, 1 <= self.lora.rank <= 256, "from 1 to 256"),
             ("lora.targets", self.lora.targets, set() < set(self.lora.targets) <= set(TARGETS), f"some of {TARGETS}"),
             ("loss.gain", self.loss.gain, self.loss.gain in ("exponential", "linear"), "exponential or linear"),
+            ("loss.prior", self.loss.prior, 0 <= self.loss.prior <= 1, "from 0 to 1"),
             ("loss.temperature", self.loss.temperature, self.loss.temperature > 0, "above 0"),
             ("loss", asdict(self.loss), max(self.loss.pointwise, self.loss.listwise, self.loss.pairwise) > 0, "at least one term above 0"),
             ("optimizer.learning_rate", self.optimizer.learning_rate, 0 < self.optimizer.learning_rate < 1, "between 0 and 1"),

@@ -225,7 +225,7 @@ class _Run:
         margins = logits[:, 0] - logits[:, 1]
         grades = torch.tensor([c.grade for c in candidates], device=margins.device)
         priors = torch.tensor([c.prior for c in candidates], device=margins.device)
-        return job_loss(margins.float() + priors, grades, self.recipe.loss, self.max_grade)
+        return job_loss(margins.float() + self.recipe.loss.prior * priors, grades, self.recipe.loss, self.max_grade)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 

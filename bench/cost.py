@@ -5,9 +5,10 @@
 DIR holds test.jsonl of `uma data build`; of each job the first stage's best candidates are ranked. FLOPs are those of the linear layers for
 the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 2507.06223), without a model of hardware. The ways:
 
-    shared        each candidate scored under one job whose keys and values are shared: `Engine.rank`
+    first stage   the candidates' priors alone: words and embeddings, whose cost is not in the FLOPs
+    shared        each candidate scored under one job whose keys and values are shared: `Engine.rank`, with priors if tuned
     alone         the same scores, a whole prompt for each candidate
-    two depths    `rank(..., cascade=)`, bounds fitted on dev jobs
+    cascade       `rank(..., cascade=)`: who cannot reach the first ten by the prior is not read; bounds fitted on dev jobs
     first token   list-wise, one token of a window's answer read (FIRST, Reddy et al. 2024): windows of 10 from the end, by 5
     written       the same windows, the order written out
     with reasons  the same, after a paragraph of reasons
@@ -31,6 +32,7 @@ from uma_engine import Candidate, Engine, SamplingParams
 from uma_engine.ranking.metrics import ndcg, paired_bootstrap
 from uma_engine.train.groups import Group, read_groups
 
+MOST_TOKENS = 64  # of a candidate, as in training
 WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
 WORDS = 40  # of a candidate in a window
@@ -51,21 +53,27 @@ class Outcome:
     seconds: float
 
 
+def people_of(group: Group, tuned: bool) -> list[Candidate]:
+    return [Candidate(c.id, c.text, prior=c.prior if tuned else 0.0) for c in group.candidates]
+
+
 def shared(engine: Engine, group: Group, adapter: str | None, cascade: Any = None) -> Outcome:
     began = time.perf_counter()
-    people = [Candidate(c.id, c.text) for c in group.candidates]
+    people = people_of(group, tuned=adapter is not None)
     engine._stack.forget_cached()
-    answer = engine.rank(group.job, people, adapter=adapter, cascade=cascade, top_n=10)
+    answer = engine.rank(
+        group.job, people, adapter=adapter, cascade=cascade, top_n=10, max_tokens_per_candidate=MOST_TOKENS
+    )
     return Outcome([r.id for r in answer.results], answer.usage.flops, time.perf_counter() - began)
 
 
 def alone(engine: Engine, group: Group, adapter: str | None) -> Outcome:
-    people = [Candidate(c.id, c.text) for c in group.candidates]
+    people = people_of(group, tuned=adapter is not None)
     began = time.perf_counter()
     scores, flops = {}, 0.0
     for person in people:
         engine._stack.forget_cached()
-        answer = engine.rank(group.job, [person], adapter=adapter)
+        answer = engine.rank(group.job, [person], adapter=adapter, max_tokens_per_candidate=MOST_TOKENS)
         scores[person.id] = answer.results[0].score
         flops += answer.usage.flops
     places = {p.id: i for i, p in enumerate(people)}
@@ -113,8 +121,8 @@ def written(engine: Engine, reasons: bool) -> Callable[[str], tuple[list[int], f
 
 
 def report(
-    name: str, model: str, outcomes: Sequence[Outcome], groups: Sequence[Group], base: dict[str, Any]
-) -> dict[str, Any]:
+    name: str, model: str, outcomes: Sequence[Outcome], groups: Sequence[Group], base: dict[str, Any], save: bool
+) -> None:
     values = [
         ndcg([{c.id: c.grade for c in g.candidates}[i] for i in o.order], g.ideal)
         for o, g in zip(outcomes, groups, strict=True)
@@ -123,17 +131,20 @@ def report(
     mean = sum(values) / len(values)
     row: dict[str, Any] = {
         "bench": "cost", "way": name, "model": model, "jobs": len(groups), "candidates": len(groups[0].candidates),
-        "ndcg_10": round(mean, 4), "gflop_query": round(flops / 1e9, 2), "queries_pflop": round(1e15 / flops, 1),
-        "ndcg_pflop": round(mean * 1e15 / flops, 2), "seconds_query": round(sum(o.seconds for o in outcomes) / len(outcomes), 3),
+        "ndcg_10": round(mean, 4), "gflop_query": round(flops / 1e9, 2), "queries_pflop": round(1e15 / flops, 1) if flops else None,
+        "ndcg_pflop": round(mean * 1e15 / flops, 2) if flops else None,
+        "seconds_query": round(sum(o.seconds for o in outcomes) / len(outcomes), 3),
     }  # fmt: skip
     if base:
         change = paired_bootstrap(values, base["values"])
         row |= {"over_shared": [round(x, 4) for x in (change.mean, change.low, change.high)]}
         row |= {"times_the_flops_of_shared": round(flops / base["flops"], 3)}
-    else:
-        base |= {"values": values, "flops": flops}
+        row |= {"times_the_seconds_of_shared": round(row["seconds_query"] / base["seconds"], 3)}
+    elif flops:
+        base |= {"values": values, "flops": flops, "seconds": row["seconds_query"]}
     print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
-    return row
+    if save:
+        append_row("cost", row)
 
 
 def main() -> None:
@@ -154,32 +165,41 @@ def main() -> None:
 
     groups, fit = some("test", args.jobs), some("dev", 12)
     base: dict[str, Any] = {}
-    rows = []
+
+    def told(way: str, model: str, outcomes: list[Outcome]) -> None:
+        report(way, model, outcomes, groups, base, not args.no_save)
+
+    told("first stage", "bm25 + minilm", [by_prior(g) for g in groups])
     with Engine(args.model, max_lora_rank=64) as engine:
         name = None
         if args.adapter:
             name = "tuned"
             engine.load_adapter(name, args.adapter)
         tuned = f"{args.model}, tuned" if name else args.model
-        rows.append(report("shared", tuned, [shared(engine, g, name) for g in groups], groups, base))
-        rows.append(report("alone", tuned, [alone(engine, g, name) for g in groups], groups, base))
-        jobs = [(g.job, [Candidate(c.id, c.text) for c in g.candidates]) for g in fit]
-        bounds = engine.fit_cascade(jobs, prefix_tokens=24, confidence=0.8, adapter=name)
-        rows.append(report("two depths", tuned, [shared(engine, g, name, bounds) for g in groups], groups, base))
-        for way, judge in (
-            ("first token", first_token(engine)),
-            ("written", written(engine, False)),
-            ("with reasons", written(engine, True)),
-        ):
-            rows.append(report(way, args.model, [windows(g, judge) for g in groups], groups, base))
+        told("shared", tuned, [shared(engine, g, name) for g in groups])
+        told("alone", tuned, [alone(engine, g, name) for g in groups])
+        jobs = [(g.job, people_of(g, tuned=True)) for g in fit]
+        bounds = engine.fit_cascade(
+            jobs, prefix_tokens=0, confidence=0.8, adapter=name, max_tokens_per_candidate=MOST_TOKENS
+        )
+        told("cascade", tuned, [shared(engine, g, name, bounds) for g in groups])
+        listwise(engine, args.model, groups, told)
     for model in args.larger:
         with Engine(model) as engine:
-            rows.append(report("shared", model, [shared(engine, g, None) for g in groups], groups, base))
-            rows.append(report("first token", model, [windows(g, first_token(engine)) for g in groups], groups, base))
-            rows.append(report("written", model, [windows(g, written(engine, False)) for g in groups], groups, base))
-    if not args.no_save:
-        for row in rows:
-            append_row("cost", row)
+            told("shared", model, [shared(engine, g, None) for g in groups])
+            listwise(engine, model, groups, told)
+
+
+def by_prior(group: Group) -> Outcome:
+    return Outcome([c.id for c in sorted(group.candidates, key=lambda c: -c.prior)], 0.0, 0.0)
+
+
+def listwise(
+    engine: Engine, model: str, groups: Sequence[Group], told: Callable[[str, str, list[Outcome]], None]
+) -> None:
+    told("first token", model, [windows(g, first_token(engine)) for g in groups])
+    told("written", model, [windows(g, written(engine, False)) for g in groups])
+    told("with reasons", model, [windows(g, written(engine, True)) for g in groups])
 
 
 if __name__ == "__main__":

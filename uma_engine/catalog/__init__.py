@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uma_engine.catalog.cache import cache_dir
-    from uma_engine.catalog.catalog import DEFAULT_MODEL, CatalogEntry, list_models, resolve
+    from uma_engine.catalog.catalog import DEFAULT_ADAPTER, DEFAULT_MODEL, CatalogEntry, list_models, resolve
     from uma_engine.catalog.chat_template import ChatTemplate, FieldPiece, TextPiece, split_template
     from uma_engine.catalog.model_files import ModelFiles, expected_shapes, open_model
     from uma_engine.catalog.tokenizer import IncrementalDecoder, Tokenizer
 
 __all__ = [
+    "DEFAULT_ADAPTER",
     "DEFAULT_MODEL",
     "CatalogEntry",
     "ChatTemplate",
@@ -34,7 +35,7 @@ __all__ = [
 
 _MODULE_OF = {
     "cache_dir": "cache",
-    **dict.fromkeys(("DEFAULT_MODEL", "CatalogEntry", "list_models", "resolve"), "catalog"),
+    **dict.fromkeys(("DEFAULT_ADAPTER", "DEFAULT_MODEL", "CatalogEntry", "list_models", "resolve"), "catalog"),
     **dict.fromkeys(("ChatTemplate", "FieldPiece", "TextPiece", "split_template"), "chat_template"),
     **dict.fromkeys(("ModelFiles", "expected_shapes", "open_model"), "model_files"),
     **dict.fromkeys(("IncrementalDecoder", "Tokenizer"), "tokenizer"),

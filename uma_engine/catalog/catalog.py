@@ -19,9 +19,10 @@ from uma_engine.catalog.download import HubSource, PackagePart, PackageSource, P
 from uma_engine.catalog.package_index import Progress
 from uma_engine.errors import DownloadError, InvalidRequest, UnknownModel
 
-__all__ = ["DEFAULT_MODEL", "CatalogEntry", "list_models", "resolve"]
+__all__ = ["DEFAULT_ADAPTER", "DEFAULT_MODEL", "CatalogEntry", "list_models", "resolve"]
 
 DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_ADAPTER = "talent-match"  # comes with the package, for the default model
 HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w./-]+\.gguf))?")
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 

@@ -92,6 +92,7 @@ def open_engine(
 
     What is given on the command line goes before `options`. `adapters` are further ones, by name.
     """
+    from uma_engine.adapters.shipped import names as shipped_names
     from uma_engine.tasks.api import Engine
 
     options["max_lora_rank"] = 256
@@ -111,7 +112,10 @@ def open_engine(
         engine = Engine(model or args.model, progress=progress, **options)
     with engine:
         name = None
-        if args.adapter:
+        if args.adapter in shipped_names() and not Path(args.adapter).exists():
+            name = args.adapter
+            engine.load_adapter(name)
+        elif args.adapter:
             name = Path(args.adapter).resolve().name or ADAPTER_NAME
             engine.load_adapter(name, args.adapter)
         for other, path in adapters.items():

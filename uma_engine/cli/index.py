@@ -61,6 +61,7 @@ def add_commands(commands: Any, model_options: Callable[[argparse.ArgumentParser
         help="a hard filter such as `rate<=60`, `country=DE|AT` or `remote=true`; repeatable",
     )
     match.add_argument("--surface", metavar="FILE", help="score by the facts and reads that a TOML file declares")
+    match.add_argument("--blend", action="store_true", help="add what the first stage found to what the model reads")
     match.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
     match.add_argument("--json", action="store_true", help="print JSON instead of a table")
     model_options(match)
@@ -211,6 +212,7 @@ def _match(args: argparse.Namespace) -> int:
             adapter=adapter,
             surface=surface,
             instruction=args.instruction,
+            blend=args.blend,
         )
     if args.json:
         write_json_line(answer.to_dict())

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from uma_engine._version import __version__
-from uma_engine.catalog import DEFAULT_MODEL
+from uma_engine.catalog import DEFAULT_ADAPTER, DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
 from uma_engine.cli.index import add_commands as add_index_commands
 from uma_engine.cli.record import add_commands as add_record_commands
@@ -132,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     rank.add_argument("--instruction", metavar="TEXT", help="what the model is asked to do")
     rank.add_argument(
         "--labels", default="yes,no", metavar="YES,NO", help="label words, each one token (default: yes,no)"
+    )
+    rank.add_argument(
+        "--no-adapter", action="store_true", help=f"the bare base, where {DEFAULT_ADAPTER} would read by default"
+    )
+    rank.add_argument(
+        "--blend",
+        action="store_true",
+        help="add what words and embeddings say to what the model reads (extra retrieval)",
     )
     rank.add_argument("--max-tokens-per-candidate", type=int, metavar="N", help="cut longer candidates to N tokens")
     rank.add_argument("--deadline", type=float, metavar="SECONDS", help="give up after so long")
@@ -253,7 +261,9 @@ def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> N
         metavar="ID|PATH",
         help=f"catalog name, hub id or path (default: {'the recorded one' if recorded else DEFAULT_MODEL})",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter in PEFT format")
+    parser.add_argument(
+        "--adapter", metavar="NAME|DIR", help="a LoRA adapter that comes with the package, or in PEFT format"
+    )
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,

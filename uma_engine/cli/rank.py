@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from uma_engine.catalog import DEFAULT_ADAPTER, DEFAULT_MODEL
 from uma_engine.cli.console import console_output, open_engine, printable, write_json_line
 from uma_engine.cli.ledger import show_ledger
 from uma_engine.cli.words import show_shortlist
@@ -40,6 +41,15 @@ def run(args: argparse.Namespace) -> int:
     # A surface has numbers as facts: in the text a model could misread them, and they would count twice.
     candidates = read_candidates(args.candidates, facts_in_text=surface is None)
     labels = [word.strip() for word in args.labels.split(",")]
+    if args.blend:
+        if surface is not None:
+            raise InvalidRequest(
+                "`--blend` is given with `--surface`", hint="a surface declares what its score is made of"
+            )
+        from uma_engine.retrieval.prior import with_priors
+
+        candidates = with_priors(job, candidates)
+    args.adapter = _default_adapter(args)
     if args.record:
         check_writable(args.record)  # now, not after minutes of work
     log = {"decision_log": args.log, "decision_log_content": args.log_content} if args.log else {}
@@ -72,6 +82,14 @@ def run(args: argparse.Namespace) -> int:
         if args.record:
             write_json(args.record, answer.record)
     return 0
+
+
+def _default_adapter(args: argparse.Namespace) -> str | None:
+    """The adapter that was asked for, or the one that was trained for just this question."""
+    asked_otherwise = args.no_adapter or args.surface or args.instruction is not None or args.labels != "yes,no"
+    if args.adapter and args.no_adapter:
+        raise InvalidRequest("`--adapter` and `--no-adapter` are given", hint="give one of them")
+    return args.adapter or (DEFAULT_ADAPTER if args.model == DEFAULT_MODEL and not asked_otherwise else None)
 
 
 def _job_facts(given: Sequence[str]) -> dict[str, float]:
@@ -175,7 +193,8 @@ def _headline(person: Candidate) -> str:
 
 def _reason(result: RankResult, labels: Sequence[str], mean: float) -> str:
     logits = "  ".join(f"{label} {logit:+.2f}" for label, logit in zip(labels, result.logits, strict=True))
-    return f"{logits}  mean {result.score - mean:+.4f}"
+    prior = "".join(f"  prior {f.value:+.2f}" for f in result.ledger if f.name == "prior")
+    return f"{logits}{prior}  mean {result.score - mean:+.4f}"
 
 
 def _spent(usage: Usage) -> str:

@@ -59,9 +59,9 @@ class Engine(EngineBase):
         """Audits over this engine: `counterfactual` and `paraphrase`."""
         return Audit(self)
 
-    def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
-        """Load a PEFT adapter directory under `name`, replacing what had that name at once; with every slot taken it takes that of an idle
-        adapter, which is loaded again when somebody asks for it.
+    def load_adapter(self, name: str, path: str | Path | None = None) -> AdapterRef:
+        """Load a PEFT adapter directory under `name` (without `path`: the one of this name that comes with the package), replacing what had
+        that name at once; with every slot taken it takes that of an idle adapter, which is loaded again when somebody asks for it.
 
         Errors: AdapterError with the reason, before anything becomes visible; Overloaded where every slot stays in use.
         """
@@ -366,7 +366,7 @@ class AsyncEngine(EngineBase):
         await asyncio.to_thread(self._stack.close)
         close_log(self._log)
 
-    async def load_adapter(self, name: str, path: str | Path) -> AdapterRef:
+    async def load_adapter(self, name: str, path: str | Path | None = None) -> AdapterRef:
         """As `Engine.load_adapter`."""
         self._check_open()
         return await asyncio.to_thread(self._load_adapter, name, path)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uma_engine._version import __version__
+from uma_engine.adapters.shipped import shipped
 from uma_engine.catalog.tokenizer import IncrementalDecoder
 from uma_engine.config import EngineConfig
 from uma_engine.core import (
@@ -95,7 +96,9 @@ class EngineBase:
 
     # -- adapters and information -----------------------------------------------------------------------------------
 
-    def _load_adapter(self, name: str, path: str | Path) -> AdapterRef:
+    def _load_adapter(self, name: str, path: str | Path | None) -> AdapterRef:
+        if path is None:
+            path = shipped(check_text("name", name))
         if not isinstance(path, str | Path):
             raise InvalidRequest(f"`path` is a `{type(path).__name__}` but must be a string or a Path", param="path")
         self._check_open()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from uma_engine._version import __version__
 from uma_engine.catalog import DEFAULT_ADAPTER, DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
+from uma_engine.cli.gates import add_commands as add_gate_commands
 from uma_engine.cli.index import add_commands as add_index_commands
 from uma_engine.cli.record import add_commands as add_record_commands
 from uma_engine.cli.serve_options import add_command as add_serve_command
@@ -228,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", required=True, metavar="DIR", help="the adapter's directory; a run that was killed goes on"
     )
     train.set_defaults(run=_lazy("train"))
+
+    add_gate_commands(commands, _model_options)
 
     data = commands.add_parser("data", help="build training data")
     build = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(

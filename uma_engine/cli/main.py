@@ -18,6 +18,7 @@ from uma_engine.catalog import DEFAULT_ADAPTER, DEFAULT_MODEL
 from uma_engine.cli.console import discard_output
 from uma_engine.cli.gates import add_commands as add_gate_commands
 from uma_engine.cli.index import add_commands as add_index_commands
+from uma_engine.cli.learn import add_command as add_learn_command
 from uma_engine.cli.record import add_commands as add_record_commands
 from uma_engine.cli.serve_options import add_command as add_serve_command
 from uma_engine.config import DEVICES, DTYPES, LOG_CONTENTS, PRECISIONS
@@ -231,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_lazy("train"))
 
     add_gate_commands(commands, _model_options)
+    add_learn_command(commands)
 
     data = commands.add_parser("data", help="build training data")
     build = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(

@@ -1,4 +1,4 @@
-"""`uma data build`: judged jobs from public occupation data."""
+"""`uma data build`: judged jobs from public occupation data. `uma data human`: judged replies from people's marks."""
 
 from __future__ import annotations
 
@@ -20,4 +20,31 @@ def run(args: argparse.Namespace) -> int:
     )
     for split, jobs in card["jobs"].items():
         write_line(f"{split:5} {jobs} jobs")
+    return 0
+
+
+def human(args: argparse.Namespace) -> int:
+    from uma_engine.train.groups import write_groups
+    from uma_engine.train.human import (
+        agreement,
+        import_upheld,
+        read_conversations,
+        split_of,
+        to_groups,
+        write_conversations,
+    )
+
+    conversations = import_upheld(args.file) if args.format == "upheld" else read_conversations(args.file)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_conversations(out / "conversations.jsonl", conversations)
+    groups = to_groups(conversations, args.quality)
+    for split in ("train", "dev", "test"):
+        chosen = [g for g in groups if split_of(g.id) == split]
+        write_groups(out / f"{split}.jsonl", chosen)
+        write_line(f"{split:5} {len(chosen)} conversations")
+    for of, found in agreement(conversations).items():
+        write_line(
+            f"{of}: Krippendorff's alpha {found['alpha']:.3f} over {found['replies']:.0f} replies with {found['marks']:.0f} marks"
+        )
     return 0

@@ -235,9 +235,16 @@ def _parser() -> argparse.ArgumentParser:
     add_learn_command(commands)
 
     data = commands.add_parser("data", help="build training data")
-    build = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
-        "build", help="judged jobs from O*NET, ESCO and their crosswalk, split by major group"
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    human = actions.add_parser(
+        "human", help="judged replies from conversations with people's marks, and how much people agree"
     )
+    human.add_argument("file", metavar="FILE", help="conversations, JSONL; see docs/training.md")
+    human.add_argument("--format", choices=("ours", "upheld"), default="ours", help="of the file (default: ours)")
+    human.add_argument("--quality", default="content", metavar="NAME", help="the mark that grades (default: content)")
+    human.add_argument("--out", required=True, metavar="DIR", help="receives train, dev and test.jsonl, by dialogue")
+    human.set_defaults(run=_lazy("data", "human"))
+    build = actions.add_parser("build", help="judged jobs from O*NET, ESCO and their crosswalk, split by major group")
     build.add_argument("--source", required=True, metavar="DIR", help="holds esco-onet-crosswalk/ and onet-29.2/")
     build.add_argument(
         "--out", required=True, metavar="DIR", help="receives train.jsonl, dev.jsonl, test.jsonl and card.json"
@@ -289,13 +296,13 @@ def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> N
     )
 
 
-def _lazy(command: str):  # type: ignore[no-untyped-def]
+def _lazy(command: str, function: str = "run"):  # type: ignore[no-untyped-def]
     """A runner that imports its command only when it is asked for: `uma --help` stays quick."""
 
     def run(args: argparse.Namespace) -> int:
         from importlib import import_module
 
-        return import_module(f"uma_engine.cli.{command}").run(args)
+        return getattr(import_module(f"uma_engine.cli.{command}"), function)(args)
 
     return run
 

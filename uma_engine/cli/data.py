@@ -48,3 +48,25 @@ def human(args: argparse.Namespace) -> int:
             f"{of}: Krippendorff's alpha {found['alpha']:.3f} over {found['replies']:.0f} replies with {found['marks']:.0f} marks"
         )
     return 0
+
+
+def synthetic(args: argparse.Namespace) -> int:
+    from uma_engine.train.artifact import write_json
+    from uma_engine.train.groups import write_groups
+    from uma_engine.train.occupations import split_of
+    from uma_engine.train.synthetic import Plan, generate, read_occupations
+
+    plan = Plan.load(args.plan)
+    # Only what training may see: the occupations of dev and test jobs are on no other side.
+    occupations = [o for o in read_occupations(args.onet) if args.all or split_of(o.code) == "train"]
+    groups, report = generate(plan, occupations)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_groups(out / "synthetic.jsonl", groups)
+    write_json(out / "report.json", report.to_dict())
+    worst = max(report.divergence.items(), key=lambda item: item[1])
+    write_line(
+        f"{report.jobs} of {plan.jobs} jobs, {report.cells} cells, {report.near_duplicates:.2%} near-duplicates,"
+        f" largest divergence {worst[1]:.5f} bits ({worst[0]})"
+    )
+    return 0

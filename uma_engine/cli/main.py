@@ -236,6 +236,12 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("data", help="build training data")
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    synthetic = actions.add_parser("synthetic", help="judged jobs made to a plan, from O*NET's occupations")
+    synthetic.add_argument("plan", metavar="PLAN", help="a TOML file; see docs/training.md")
+    synthetic.add_argument("--onet", required=True, metavar="DIR", help="holds O*NET's text files")
+    synthetic.add_argument("--all", action="store_true", help="also occupations that dev and test jobs are made of")
+    synthetic.add_argument("--out", required=True, metavar="DIR", help="receives synthetic.jsonl and report.json")
+    synthetic.set_defaults(run=_lazy("data", "synthetic"))
     human = actions.add_parser(
         "human", help="judged replies from conversations with people's marks, and how much people agree"
     )

@@ -182,9 +182,142 @@ def growth_section(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
+def _interval(values: Sequence[float] | None) -> str:
+    return "" if values is None else f"{values[0]:+.4f} ({values[1]:+.4f} to {values[2]:+.4f})"
+
+
+def quality_section(rows: Sequence[Row]) -> str:
+    parts = []
+    for split in dict.fromkeys(row["split"] for row in rows):
+        chosen = newest(
+            [r for r in rows if r["split"] == split], lambda r: (r["form"], r["system"], r["model"], r["precision"])
+        )
+        body = [
+            (
+                r["form"], r["system"], r["model"] if "+" in r["system"] or r["system"] in ("base", "tuned") else "",
+                r["precision"] if r["system"] not in ("bm25", "minilm", "fused", "prior") else "", r["queries"],
+                f"{r['ndcg_10']:.4f}", _interval(r.get("over_minilm")), _interval(r.get("over_fused")),
+                f"{r['worst_major_over_fused']:+.3f}",
+            )
+            for r in chosen
+        ]  # fmt: skip
+        header = (
+            "query", "system", "model", "precision", "queries", "nDCG@10", "over MiniLM", "over the fusion",
+            "worst major group over the fusion",
+        )  # fmt: skip
+        parts.append(f"### {split}\n\n{table(header, body)}\n\n{source(chosen)}\n")
+    return "\n".join(parts)
+
+
+def cascade_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: (r["model"], r["tuned"], r["precision"], r["prefix_tokens"], r["confidence"]))
+    body = [
+        (
+            r["prefix_tokens"], r["confidence"], f"{r['times']:.2f} ({r['times_p20']:.2f}..{r['times_p80']:.2f})",
+            f"{r['tokens_ratio']:.2f}", f"{r['whole_share']:.0%}", f"{r['ndcg']:.4f}", _interval(r["ndcg_change"]), r["jobs"],
+        )
+        for r in chosen
+    ]  # fmt: skip
+    header = (
+        "tokens read cheaply",
+        "confidence",
+        "times as fast",
+        "fewer tokens",
+        "read to the end",
+        "nDCG@10 of all",
+        "change",
+        "jobs",
+    )
+    return f"{table(header, body)}\n\n{source(chosen)}\n"
+
+
+def serve_section(rows: Sequence[Row]) -> str:
+    parts = []
+    load = newest([r for r in rows if r["kind"] == "load"], lambda r: (r["model"], r["share"], r["burst"]))
+    if load:
+        body = [
+            (
+                f"{r['share']:.0%}", r["burst"], r["requests"], r["failed"], f"{r['first']['p50_ms']:.0f} / {r['first']['p99_ms']:.0f}",
+                f"{r['whole']['p50_ms']:.0f} / {r['whole']['p95_ms']:.0f} / {r['whole']['p99_ms']:.0f}", f"{r['within_objective']:.0%}",
+            )
+            for r in load
+        ]  # fmt: skip
+        header = (
+            "load of capacity",
+            "at once",
+            "requests",
+            "failed",
+            "first event, ms p50 / p99",
+            "answer, ms p50 / p95 / p99",
+            "within the objective",
+        )
+        parts.append(f"Open loop, mixed sizes, {load[0]['model']}:\n\n{table(header, body)}\n")
+    for r in newest([r for r in rows if r["kind"] == "front"], lambda r: r["request"]):
+        parts.append(f"A front end adds {r['adds_ms']:.2f} ms at the median ({r['request']}, {r['rounds']} turns).\n")
+    for r in newest([r for r in rows if r["kind"] == "batching"], lambda r: r["precision"]):
+        parts.append(
+            f"Continuous over static batches of {r['batch']}: {r['times']:.2f}x ({r['prompts']} completions of {r['mean_length']} tokens on"
+            f" average, {r['longest']} at most, `{r['precision']}`).\n"
+        )
+    for r in newest([r for r in rows if r["kind"] == "swaps"], lambda r: str(r["models"])):
+        parts.append(
+            f"{r['swaps']} swaps of {', '.join(r['models'])} under load: {r['requests']} requests, {r['failed']} failed,"
+            f" {r['of_another_base']} of {r['checked']} recomputed answers were of another base; p99 {r['quiet']['p99_ms']:.0f} ms before"
+            f" and {r['during']['p99_ms']:.0f} ms during.\n"
+        )
+    return "\n".join(parts) + f"\n{source(rows)}\n"
+
+
+def adapters_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: (r["model"], r["adapters"], r["slots"], r["rank"]))
+    body = [
+        (
+            r["adapters"], r["slots"], r["known"], f"{r['ratio']:.2f}", f"{r['miss_share']:.0%}",
+            f"{r['miss_p50_ms']:.1f} / {r['miss_p99_ms']:.1f}",
+        )
+        for r in chosen
+    ]  # fmt: skip
+    header = (
+        "adapters asked for",
+        "slots",
+        "known",
+        "time over all resident, median",
+        "misses",
+        "a miss, ms p50 / p99",
+    )
+    return f"{table(header, body)}\n\n{source(chosen)}\n"
+
+
+def cost_page(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: (r["way"], r["model"], r["candidates"], r["jobs"]))
+    body = [
+        (
+            r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
+            f"{r.get('times_the_flops_of_shared', 1):.2f}", f"{r['seconds_query']:.2f}",
+            f"{r.get('times_the_seconds_of_shared', 1):.2f}", f"{r['seconds_query'] / 3600 * PRICE * 1e6:,.0f}",
+        )
+        for r in chosen
+    ]  # fmt: skip
+    header = (
+        "way", "model", "queries", "nDCG@10", "over shared", "GFLOP a query", "of shared", "seconds a query", "of shared",
+        "USD a million queries",
+    )  # fmt: skip
+    head = (
+        "# What a ranking costs\n\nRendered from `bench/results/cost.jsonl` by `python -m bench.report`; the ways are in `bench/cost.py`."
+        f" Prices are those of a machine of two CPUs at {PRICE} USD an hour, kept busy. Queries are held-out jobs, each with the first"
+        f" stage's best {chosen[0]['candidates']} candidates.\n"
+    )
+    return f"{head}\n{table(header, body)}\n\n{source(chosen)}\n"
+
+
+PRICE = 0.085  # USD an hour, of two virtual CPUs with 4 GiB on demand at a large cloud in 2026
 SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("peers", "Against other engines, CPU", peers_section),
     ("accuracy", "What a precision costs in accuracy", accuracy_section),
+    ("quality", "How well it ranks: held-out occupations of the crosswalk", quality_section),
+    ("cascade", "Who is not read to the end", cascade_section),
+    ("serve", "Serving", serve_section),
+    ("adapters", "More adapters than slots", adapters_section),
     ("ceiling", "What the machine can do at most", ceilings_section),
     ("ops", "Single ops beside their ceilings", ops_section),
     ("threads", "A second thread", threads_section),
@@ -203,6 +336,9 @@ def main() -> None:
             parts.append(f"## {title}\n\n{render(rows)}")
     (DOCS / "benchmarks.md").write_text("\n".join(parts))
     print(f"wrote {Path('docs/benchmarks.md')} and its pictures")
+    if costs := read_rows("cost"):
+        (DOCS / "cost-study.md").write_text(cost_page(costs))
+        print("wrote docs/cost-study.md")
     on_gpu = {area: rows for area in gpu.AREAS if (rows := read_rows(area))}
     if on_gpu:
         (DOCS / "gpu.md").write_text(gpu.page(on_gpu, table))

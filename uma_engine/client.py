@@ -149,14 +149,31 @@ class Client:
         self._ask("DELETE", f"/admin/adapters/{name}")
 
     def swap(
-        self, model: str, adapters: Mapping[str, str] | None = None, *, exclusive: bool = False, wait: bool = True
+        self,
+        model: str,
+        adapters: Mapping[str, str] | None = None,
+        *,
+        exclusive: bool = False,
+        canary: float | None = None,
+        wait: bool = True,
     ) -> dict[str, Any]:
-        """Swap the base while requests run; the status, at its end with `wait`. Needs an `admin` key."""
-        body = {"model": model, "adapters": dict(adapters or {}), "exclusive": exclusive, "wait": wait}
+        """Swap the base while requests run; the status, at its end with `wait`. `canary`: the new base answers this share of the keys until
+        `finish_swap` or `rollback`. Needs an `admin` key."""
+        body = {
+            "model": model,
+            "adapters": dict(adapters or {}),
+            "exclusive": exclusive,
+            "canary": canary,
+            "wait": wait,
+        }
         return cast(dict[str, Any], self._ask("POST", "/admin/swap", body))
 
     def swap_status(self) -> dict[str, Any]:
         return cast(dict[str, Any], self._ask("GET", "/admin/swap/status"))
+
+    def finish_swap(self) -> dict[str, Any]:
+        """The canary becomes the current base."""
+        return cast(dict[str, Any], self._ask("POST", "/admin/swap/finish"))
 
     def rollback(self) -> dict[str, Any]:
         """The base before is the current one again."""
@@ -213,13 +230,28 @@ class AsyncClient:
         await self._ask("DELETE", f"/admin/adapters/{name}")
 
     async def swap(
-        self, model: str, adapters: Mapping[str, str] | None = None, *, exclusive: bool = False, wait: bool = True
+        self,
+        model: str,
+        adapters: Mapping[str, str] | None = None,
+        *,
+        exclusive: bool = False,
+        canary: float | None = None,
+        wait: bool = True,
     ) -> dict[str, Any]:
-        body = {"model": model, "adapters": dict(adapters or {}), "exclusive": exclusive, "wait": wait}
+        body = {
+            "model": model,
+            "adapters": dict(adapters or {}),
+            "exclusive": exclusive,
+            "canary": canary,
+            "wait": wait,
+        }
         return cast(dict[str, Any], await self._ask("POST", "/admin/swap", body))
 
     async def swap_status(self) -> dict[str, Any]:
         return cast(dict[str, Any], await self._ask("GET", "/admin/swap/status"))
+
+    async def finish_swap(self) -> dict[str, Any]:
+        return cast(dict[str, Any], await self._ask("POST", "/admin/swap/finish"))
 
     async def rollback(self) -> dict[str, Any]:
         return cast(dict[str, Any], await self._ask("POST", "/admin/swap/rollback"))

@@ -251,3 +251,66 @@ def test_a_restart_has_the_last_swaps_base(
     assert main(["swap", "--address", address, "start", str(bases[1].parent / "nowhere")]) == 1
     assert "failed" in capsys.readouterr().out
     assert main(["swap", "--address", address, "rollback"]) != 0
+
+
+def test_a_canary_answers_its_share_of_the_keys_and_always_the_same(
+    bases: list[Path], truth: dict[str, dict[str, list[float]]]
+) -> None:
+    async def run() -> None:
+        async with AsyncEngine(bases[0], **SMALL) as engine:
+            server = Server(engine)
+            old = engine.stack_info().base_digest
+            status = await server.swap(bases[1], canary=0.3)
+            assert status["swap"]["phase"] == "canary"
+            assert status["canary"]["share"] == 0.3
+            assert status["current"]["base_digest"] == old
+            by_key: dict[str, set[str]] = {}
+            for key in [f"client-{n}" for n in range(60)] * 2:
+                body = {"query": QUERIES[0], "candidates": TEXTS}
+                answer = await server.http.post("/v1/rank", json=body, headers={"x-uma-sticky": key})
+                check([(QUERIES[0], answer)], truth)
+                by_key.setdefault(key, set()).add(answer.json()["stack"]["base_digest"])
+            assert all(len(digests) == 1 for digests in by_key.values()), "a key has one base"
+            share = sum(digests != {old} for digests in by_key.values()) / len(by_key)
+            assert 0.12 < share < 0.5
+            assert (await server.http.post("/admin/swap", json={"model": str(bases[1])})).status_code == 409
+            done = (await server.http.post("/admin/swap/finish")).json()
+            assert done["current"]["base_digest"] != old
+            assert done["canary"] is None
+            assert (await server.http.post("/admin/swap/finish")).status_code == 409
+            assert (await server.http.post("/admin/swap/rollback")).json()["current"]["base_digest"] == old
+            for bad in (0, 1, -1):
+                refused = await server.http.post("/admin/swap", json={"model": str(bases[1]), "canary": bad})
+                assert refused.status_code == 400, bad
+            await server.close()
+
+    asyncio.run(run())
+
+
+def test_a_canary_that_fails_is_taken_back(bases: list[Path], truth: dict[str, dict[str, list[float]]]) -> None:
+    async def run() -> None:
+        async with AsyncEngine(bases[0], **SMALL) as engine:
+            server = Server(engine)
+            old = engine.stack_info().base_digest
+            await server.swap(bases[1], canary=0.5)
+            canary = server.app.state.generations.canary.engine
+
+            async def broken(*args: Any, **options: Any) -> None:
+                raise ZeroDivisionError("inside")
+
+            canary.rank = broken
+            statuses = []
+            for n in range(40):
+                body = {"query": QUERIES[0], "candidates": TEXTS}
+                answer = await server.http.post("/v1/rank", json=body, headers={"x-uma-sticky": f"client-{n}"})
+                statuses.append(answer.status_code)
+            assert statuses.count(500) == 3, "so many it takes to tell"
+            status = (await server.http.get("/admin/swap/status")).json()
+            assert status["canary"] is None
+            assert status["swap"]["why"] == "the canary failed"
+            assert status["current"]["base_digest"] == old
+            await asyncio.sleep(0.05)
+            assert canary.closed
+            await server.close()
+
+    asyncio.run(run())

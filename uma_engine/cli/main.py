@@ -200,6 +200,8 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="append", default=[], metavar="NAME=PATH", help="below the adapter root; repeatable"
     )
     start.add_argument("--exclusive", action="store_true", help="close the old base first: memory holds one")
+    start.add_argument("--canary", type=float, metavar="SHARE", help="at first for this share of the keys, from 0 to 1")
+    actions.add_parser("finish", help="the canary answers everybody")
     actions.add_parser("status", help="the base that answers, the one before, and the swap under way")
     actions.add_parser("rollback", help="the base before answers again, at once")
     swap.set_defaults(run=_lazy("swap"))

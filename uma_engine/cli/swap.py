@@ -20,10 +20,12 @@ def run(args: argparse.Namespace) -> int:
     with Client(args.address, key=args.key or os.environ.get("UMA_API_KEY"), timeout=600) as client:
         if args.action == "status":
             status = client.swap_status()
+        elif args.action == "finish":
+            status = client.finish_swap()
         elif args.action == "rollback":
             status = client.rollback()
         else:
-            status = client.swap(args.model, _adapters(args.adapter), exclusive=args.exclusive)
+            status = client.swap(args.model, _adapters(args.adapter), exclusive=args.exclusive, canary=args.canary)
     _show(status)
     return 1 if status["swap"]["phase"] == "failed" else 0
 
@@ -39,7 +41,7 @@ def _adapters(given: list[str]) -> dict[str, str]:
 
 
 def _show(status: Mapping[str, Any]) -> None:
-    for name in ("current", "previous"):
+    for name in ("current", "previous", "canary"):
         one = status[name]
         if one is not None:
             held = f", {one['requests']} requests" if one["requests"] else ""

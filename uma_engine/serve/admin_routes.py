@@ -91,7 +91,9 @@ async def unload_adapter(context: Context, body: bytes) -> Response:
 
 async def swap(context: Context, body: bytes) -> Response:
     asked = decode(body, SwapRequest)
-    plan = SwapPlan(asked.model, {n: _below(context, p) for n, p in asked.adapters.items()}, asked.exclusive)
+    plan = SwapPlan(
+        asked.model, {n: _below(context, p) for n, p in asked.adapters.items()}, asked.exclusive, asked.canary
+    )
     context.release()  # an exclusive swap waits for every request, and this is one
     status = context.generations.start(plan)
     if asked.wait:
@@ -101,6 +103,10 @@ async def swap(context: Context, body: bytes) -> Response:
 
 async def swap_status(context: Context, body: bytes) -> Response:
     return answer_json(context.generations.status())
+
+
+async def finish(context: Context, body: bytes) -> Response:
+    return answer_json(context.generations.finish())
 
 
 async def rollback(context: Context, body: bytes) -> Response:
@@ -115,5 +121,6 @@ ROUTES = (
     ("/admin/adapters/{name}", unload_adapter, "admin", ("DELETE",)),
     ("/admin/swap", swap, "admin"),
     ("/admin/swap/status", swap_status, "admin", ("GET",)),
+    ("/admin/swap/finish", finish, "admin"),
     ("/admin/swap/rollback", rollback, "admin"),
 )

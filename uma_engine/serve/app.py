@@ -59,6 +59,7 @@ logger = logging.getLogger("uma_engine.serve")
 BYTES_A_TOKEN = 4  # for the estimate of what a request costs, before it is read
 STEPS_INSIDE = 4  # of prefill, by estimate: enough to fill every step, and little for who comes next to wait for
 CREATED = "x-uma-created"  # set by a front end, so that an answer that is given again has the same time in it
+STICKY = "x-uma-sticky"  # requests with one value get one base while a canary answers a share of them
 PRIORITY = "x-uma-priority"
 OPEN = frozenset({"/livez", "/healthz", "/readyz", "/openapi.json", *console.FILES})  # without a key
 Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
@@ -126,12 +127,13 @@ class Context:
 
     async def hold(self) -> None:
         """Take the current generation for as long as the answer lasts."""
-        self.lease = await self.generations.lease()
+        self.lease = await self.generations.lease(self.request.headers.get(STICKY, self.tenant or self.id))
         self.engine = self.lease.engine
 
-    def release(self) -> None:
+    def release(self, failed: bool = False) -> None:
         if self.lease is not None:
-            self.lease.release()
+            self.lease.release(failed)
+            self.generations.watch()
         if self.ticket is not None:
             self.ticket.release()
 
@@ -252,7 +254,7 @@ async def _answer(
         error = UmaError("the server failed", hint=f"its log has request {context.id}")
     finally:
         if held:
-            context.release()
+            context.release(failed=error is not None and error.status == 500)
     if error is not None:
         response = error_response(error)
     response.headers["x-request-id"] = context.id

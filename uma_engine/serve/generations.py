@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ logger = logging.getLogger("uma_engine.serve")
 SHADOWED = 16  # questions that are remembered, each with so many candidates at most
 JOB = "We need a developer who knows Rust and PostgreSQL."
 PEOPLE = ("Ten years of Rust and databases.", "A careful nurse.", "Paints walls and fixes roofs.")
+CANARY_FAILURES = 3  # before a canary's rate means anything
 Make = Callable[[str], Awaitable["AsyncEngine"]]
 
 
@@ -44,11 +46,13 @@ class Busy(UmaError):
 @dataclass(frozen=True)
 class SwapPlan:
     """`adapters`: by name, below the server's adapter root. `exclusive`: where memory holds one base, requests wait while the old one
-    is closed and the new one loaded; if that fails the old one is loaded again."""
+    is closed and the new one loaded; if that fails the old one is loaded again. `canary`: at first the new base answers this share of the
+    keys, always the same ones, until it is finished or, by hand or since it fails, rolled back."""
 
     model: str
     adapters: Mapping[str, Path] = field(default_factory=dict)
     exclusive: bool = False
+    canary: float | None = None
 
 
 @dataclass
@@ -59,6 +63,8 @@ class Generation:
     engine: AsyncEngine
     plan: SwapPlan
     held: int = 0
+    answered: int = 0
+    failed: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def describe(self) -> dict[str, Any]:
@@ -69,6 +75,8 @@ class Generation:
             "base_digest": stack.base_digest,
             "adapters": [] if self.engine.closed else self.engine.adapters(),
             "requests": self.held,
+            "answered": self.answered,
+            "failed": self.failed,
         }
 
 
@@ -81,10 +89,13 @@ class Lease:
         generation.held += 1
         generation.idle.clear()
 
-    def release(self) -> None:
+    def release(self, failed: bool = False) -> None:
+        """`failed`: the engine did not do what it should have."""
         generation, self._generation = self._generation, None
         if generation is not None:
             generation.held -= 1
+            generation.answered += 1
+            generation.failed += failed
             if not generation.held:
                 generation.idle.set()
 
@@ -108,18 +119,56 @@ class Generations:
         self._first = engine
         self.current = Generation(1, engine, plan or SwapPlan(engine.model))
         self.previous: Generation | None = None
+        self.canary: Generation | None = None
         self._open = asyncio.Event()
         self._open.set()
         self._task: asyncio.Task[None] | None = None
         self._report: dict[str, Any] = {"phase": "idle"}
         self._asked: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=SHADOWED)
         self.num_swaps = 0
+        self._closing: set[asyncio.Future[None]] = set()
         self._embedder: asyncio.Task[Embedder] | None = None
 
-    async def lease(self) -> Lease:
-        """The current generation; waits while an exclusive swap runs."""
+    async def lease(self, key: str = "") -> Lease:
+        """The current generation, or for some keys a canary; waits while an exclusive swap runs."""
         await self._open.wait()
+        canary = self.canary
+        if canary is not None and _share_of(key) < (canary.plan.canary or 0.0):
+            return Lease(canary)
         return Lease(self.current)
+
+    def watch(self) -> None:
+        """Called after a request: a canary that fails more often than it may is taken back."""
+        canary = self.canary
+        if canary is None or canary.failed < CANARY_FAILURES:
+            return
+        rate, usual = (g.failed / max(1, g.answered) for g in (canary, self.current))
+        if rate > 2 * usual:
+            logger.warning(
+                "the canary `%s` failed %s of %s requests", canary.plan.model, canary.failed, canary.answered
+            )
+            self._report = {"phase": "rolled back", "model": self.current.engine.model, "why": "the canary failed"}
+            self._drop_canary()
+
+    def finish(self) -> dict[str, Any]:
+        """The canary becomes the current base. Errors: Busy"""
+        canary = self.canary
+        if canary is None:
+            raise Busy("there is no canary", hint="start one: `canary` of a swap")
+        self.canary = None
+        canary.plan = replace(canary.plan, canary=None)
+        self.current, self.previous = canary, self.current
+        self.num_swaps += 1
+        self._keep()
+        self._report = {"phase": "done", "model": canary.engine.model}
+        return self.status()
+
+    def _drop_canary(self) -> None:
+        canary, self.canary = self.canary, None
+        if canary is not None:
+            task = asyncio.ensure_future(self._retire(canary))
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def embedder(self) -> Embedder:
         """The sentence encoder, opened when it is first asked for. Errors: MissingPackage, DownloadError"""
@@ -137,6 +186,7 @@ class Generations:
         return {
             "current": self.current.describe(),
             "previous": None if self.previous is None else self.previous.describe(),
+            "canary": None if self.canary is None else self.canary.describe() | {"share": self.canary.plan.canary},
             "swap": dict(self._report),
             "swaps": self.num_swaps,
         }
@@ -145,6 +195,12 @@ class Generations:
         """Begin a swap in the background. Errors: Busy, InvalidRequest where this server cannot"""
         if self._make is None:
             raise InvalidRequest("this server swaps no bases", hint="start it with `uma serve`")
+        if plan.canary is not None and not (0 < plan.canary < 1 and not plan.exclusive and not self._exclusive):
+            raise InvalidRequest(
+                f"`canary` is {plan.canary} but must lie between 0 and 1, beside the old base", param="canary"
+            )
+        if self.canary is not None:
+            raise Busy(f"`{self.canary.plan.model}` is a canary", hint="finish it, or roll back")
         if self.swapping:
             raise Busy(f"a swap to `{self._report.get('model')}` is under way", hint="ask `GET /admin/swap/status`")
         plan = replace(plan, exclusive=plan.exclusive or self._exclusive)
@@ -173,6 +229,10 @@ class Generations:
         """The base before is the current one again, at once. Errors: Busy"""
         if self.swapping:
             raise Busy("a swap is under way", hint="ask `GET /admin/swap/status`, then roll back")
+        if self.canary is not None:
+            self._drop_canary()
+            self._report = {"phase": "rolled back", "model": self.current.engine.model}
+            return self.status()
         if self.previous is None or self.previous.engine.closed:
             raise Busy("there is no base to go back to", hint="swap to it by name")
         self.current, self.previous = self.previous, self.current
@@ -186,7 +246,8 @@ class Generations:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for generation in (self.current, self.previous):
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        for generation in (self.current, self.previous, self.canary):
             if generation is not None and generation.engine is not self._first:
                 await generation.engine.close()
         if self._embedder is not None:
@@ -214,6 +275,10 @@ class Generations:
             if not plan.exclusive:
                 self._phase("shadowing")
                 self._report["shadow"] = await self._shadowed(old.engine, fresh)
+            if plan.canary is not None:
+                self.canary = Generation(old.number + 1, fresh, plan)
+                self._phase("canary")
+                return
             # One assignment: a request before it has the old base, one after it the new one.
             self.current, self.previous = Generation(old.number + 1, fresh, plan), None if plan.exclusive else old
             self.num_swaps += 1
@@ -288,3 +353,8 @@ class Generations:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self._state_file)
+
+
+def _share_of(key: str) -> float:
+    """From 0 to 1, always the same for a key."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

@@ -173,6 +173,7 @@ class SwapRequest(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     adapters: dict[str, str] = {}
     exclusive: bool = False
+    canary: float | None = None  # share of the keys that it answers at first
     wait: bool = False  # answer when the swap has ended
 
 

@@ -2,12 +2,14 @@
 
     python -m bench.serve load [--share 0.5 0.7 0.9] [--burst 1 8] [--seconds 30]
     python -m bench.serve front
+    python -m bench.serve stream
     python -m bench.serve batching
     python -m bench.serve swaps [--models smollm2-135m gemma3-270m qwen2.5-coder-0.5b] [--swaps 50]
 
 load      requests of mixed sizes at times that do not wait for answers; `--share` of the capacity that a closed loop reaches. Time to the
           first event and to the whole answer, and goodput: answers within five times what an idle server takes.
 front     one process against a front end before it, the same requests in turns.
+stream    many streams of a tiny model, whose tokens cost next to nothing: chunks a second, and for each second of the front end's CPU.
 batching  64 completions of mixed lengths: all at once against batches of 16 that wait for their longest. Goal: 4x.
 swaps     bases in a circle while requests come at 70 % of capacity; afterwards each answer is recomputed by the base that it names.
 
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from bench.rows import ROOT, append_row, quantiles
@@ -178,6 +181,48 @@ async def front(args: argparse.Namespace) -> None:
             })  # fmt: skip
 
 
+async def stream(args: argparse.Namespace) -> None:
+    import tempfile
+
+    from bench.tiny_model import make_tiny_model
+
+    with tempfile.TemporaryDirectory() as home:
+        model = make_tiny_model(Path(home) / "tiny")
+        async with served("--model", str(model), "--front-ends", "1", "--max-waiting", "1000") as client:
+            pids = [
+                int(p)
+                for p in subprocess.run(["pgrep", "-f", "serve_process"], capture_output=True, text=True).stdout.split()
+            ]
+            front = [p for p in pids if "libtorch" not in Path(f"/proc/{p}/maps").read_text()]
+
+            def spent() -> float:
+                fields = [Path(f"/proc/{p}/stat").read_text().rsplit(")", 1)[1].split() for p in front]
+                return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
+
+            async def one(number: int) -> int:
+                body = {
+                    "model": str(model),
+                    "prompt": f"say {number}",
+                    "max_tokens": 300,
+                    "stream": True,
+                    "temperature": 1,
+                }
+                chunks = 0
+                async with client.stream("POST", "/v1/completions", json=body) as answer:
+                    async for data in answer.aiter_bytes():
+                        chunks += data.count(b"data: ")
+                return chunks
+
+            await one(0)
+            before, began = spent(), time.perf_counter()
+            chunks = sum(await asyncio.gather(*(one(n) for n in range(args.streams))))
+            seconds, cpu = time.perf_counter() - began, spent() - before
+    keep(args, {
+        "kind": "stream", "streams": args.streams, "chunks": chunks, "chunks_per_s": round(chunks / seconds),
+        "chunks_per_front_end_cpu_s": round(chunks / max(cpu, 0.01)),
+    })  # fmt: skip
+
+
 def batching(args: argparse.Namespace) -> None:
     from uma_engine import Engine, SamplingParams
 
@@ -272,13 +317,14 @@ def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
-    made = {name: kinds.add_parser(name) for name in ("load", "front", "batching", "swaps")}
+    made = {name: kinds.add_parser(name) for name in ("load", "front", "stream", "batching", "swaps")}
     for sub in made.values():
         sub.add_argument("--model", default="smollm2-135m")
         sub.add_argument("--precision", default="near")
         sub.add_argument("--seconds", type=float, default=30)
         sub.add_argument("--rounds", type=int, default=200 if sub is made["front"] else 3)
         sub.add_argument("--no-save", action="store_true")
+    made["stream"].add_argument("--streams", type=int, default=48)
     made["load"].add_argument("--share", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     made["load"].add_argument("--burst", type=int, nargs="+", default=[1, 8])
     made["swaps"].add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"])
@@ -290,7 +336,7 @@ def main() -> None:
     if args.kind == "batching":
         batching(args)
     else:
-        asyncio.run({"load": load, "front": front, "swaps": swaps}[args.kind](args))
+        asyncio.run({"load": load, "front": front, "stream": stream, "swaps": swaps}[args.kind](args))
 
 
 if __name__ == "__main__":

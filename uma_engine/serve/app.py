@@ -60,6 +60,7 @@ BYTES_A_TOKEN = 4  # for the estimate of what a request costs, before it is read
 STEPS_INSIDE = 4  # of prefill, by estimate: enough to fill every step, and little for who comes next to wait for
 CREATED = "x-uma-created"  # set by a front end, so that an answer that is given again has the same time in it
 STICKY = "x-uma-sticky"  # requests with one value get one base while a canary answers a share of them
+MOST_HEADERS = 100
 PRIORITY = "x-uma-priority"
 OPEN = frozenset({"/livez", "/healthz", "/readyz", "/openapi.json", *console.FILES})  # without a key
 Handler = Callable[["Context", bytes], Coroutine[Any, Any, Response]]
@@ -297,7 +298,9 @@ def _admit(context: Context, scope: Scope, state: dict[str, bool]) -> None:
 
 
 def find_key(request: Request, settings: ServeSettings) -> Key | None:
-    """Whose key a request has; None where the server has no keys. Errors: Unauthorised"""
+    """Whose key a request has; None where the server has no keys. Errors: Unauthorised, TooLarge for a head of too many lines"""
+    if len(request.scope["headers"]) > MOST_HEADERS:
+        raise TooLarge(f"the request has {len(request.scope['headers'])} headers but {MOST_HEADERS} are the most")
     if not settings.keys:
         return None
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")

@@ -1,7 +1,7 @@
 """Attacks known from other servers, each a test: a typed refusal, flat memory, an engine that goes on.
 
 Elsewhere: keys and path traversal (test_server), adapters with bombs in them (unit/test_adapter_loader, reliability), races of reloads
-(unit/test_adapter_store), grammars (engine/test_json_schema), control tokens in texts (engine), slots and blocks that are used again
+(unit/test_adapter_store), grammars (engine/test_grammar), control tokens in texts (engine), slots and blocks that are used again
 (engine, parity), frames between processes (test_processes).
 """
 

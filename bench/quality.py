@@ -5,7 +5,7 @@
 DIR holds esco-onet-crosswalk/ (see `uma data build`): O*NET occupations ask, as title and text or as tasks alone, which read like a post;
 ESCO occupations answer, judged by experts. BM25, MiniLM and their fusion search all of it; language models rank the fusion's best 100, by
 what they read alone and (`NAME+prior`) with the log-odds that the first stage gives; `prior` is those log-odds alone. `base` is the model
-without an adapter. Splits are those of training: `dev` chose adapters, `test` and `unseen` chose nothing.
+without an adapter. Splits are those of training: `dev` chose adapters, `test` chose nothing.
 
 Scores of models are kept under build/quality/ as they come, so that a run that was stopped goes on. Rows go to bench/results/quality.jsonl:
 nDCG@10 with gain 2^g - 1 by ir-measures, and the mean difference to MiniLM and to the fusion with its 95 % bootstrap interval.
@@ -30,8 +30,7 @@ from uma_engine.train.occupations import DEV_MAJORS, TEST_MAJORS, first_stages, 
 
 KEPT = ROOT / "build" / "quality"
 POOL = 100
-UNSEEN = frozenset({"13", "17", "27", "43"})
-MAJORS = {"dev": DEV_MAJORS, "test": TEST_MAJORS, "unseen": UNSEEN}
+MAJORS = {"dev": DEV_MAJORS, "test": TEST_MAJORS}
 MOST_TOKENS = 64  # of a candidate that a model reads
 Run = dict[str, list[str]]  # of each query: documents, best first
 

@@ -28,7 +28,7 @@ from uma_engine.train.groups import Group, Judged, file_digest, write_groups
 
 __all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "first_stages", "read_collection", "split_of"]
 
-# SOC major groups. 13, 17, 27 and 43 are in no file: the collection keeps them as an unseen test.
+# SOC major groups. 13, 17, 27, 43 and 55 have no jobs in the collection.
 DEV_MAJORS = frozenset({"21", "33", "41", "47"})
 TEST_MAJORS = frozenset({"15", "29", "35", "49"})
 POOL = 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -34,11 +35,12 @@ PEOPLE = [f"A candidate who knows Rust {i} " * 20 for i in range(24)]
 def children(pid: int, role: str) -> list[int]:
     """Processes of `uma serve`, told apart by torch: a front end has none."""
     found = []
-    for text in subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True).stdout.split():
-        maps = Path(f"/proc/{text}/maps")
-        has_torch = maps.exists() and "libtorch" in maps.read_text()
-        if has_torch == (role == "engine"):
-            found.append(int(text))
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                has_torch = "libtorch" in stat.with_name("maps").read_text()
+                if has_torch == (role == "engine"):
+                    found.append(int(stat.parent.name))
     return found
 
 

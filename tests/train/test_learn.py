@@ -84,7 +84,7 @@ def recipe_of(base: Path, steps: int = 40) -> Recipe:
 @pytest.mark.slow
 def test_the_ranking_follows_a_market_that_drifts(base: Path, tmp_path: Path) -> None:
     market, registry = Market(), AdapterHistory(tmp_path / "registry")
-    recipe = recipe_of(base)
+    recipe = recipe_of(base, steps=70)
     with Engine(base, num_threads=1, max_loras=8) as engine:
 
         def used() -> str | None:

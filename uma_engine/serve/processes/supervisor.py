@@ -134,17 +134,21 @@ class Supervisor:
             child.process = None
 
     async def _watched(self) -> None:
-        """An engine that does not answer, or has requests and makes no step, for `hang_s` is killed; `_kept` starts another one."""
+        """An engine that does not answer any more, or has requests and makes no step, for `hang_s` is killed; `_kept` starts another one.
+        One that has never answered is still loading, for as long as that takes."""
         last, moved, process = -1, time.monotonic(), None
+        has_answered = False
         while True:
             await asyncio.sleep(PING_S)
             if process is not self._engine.process:
-                last, moved, process = -1, time.monotonic(), self._engine.process
+                last, moved, process, has_answered = -1, time.monotonic(), self._engine.process, False
             with contextlib.suppress(TimeoutError, LinkLost):
                 pong = await self._link.ping(max(PING_S, self._hang_s / 4))
+                has_answered = True
                 if pong.steps != last or not pong.requests:
                     last, moved = pong.steps, time.monotonic()
-            if process is not None and process.returncode is None and time.monotonic() - moved > self._hang_s:
+            late = has_answered and time.monotonic() - moved > self._hang_s
+            if late and process is not None and process.returncode is None:
                 logger.error("the engine process has not moved for %.0f s", self._hang_s)
                 process.kill()
                 moved = time.monotonic()

@@ -231,6 +231,15 @@ def cascade_section(rows: Sequence[Row]) -> str:
     return f"{table(header, body)}\n\n{source(chosen)}\n"
 
 
+def explain_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: (r["case"], r["model"]))
+    body = [
+        (r["case"], f"{r['ratio_tokens']:.2f}", f"{r['cpu_ratio'][1]:.2f}", f"{r['wall_ratio'][1]:.2f}") for r in chosen
+    ]
+    header = ("what, for how many of how many", "tokens over scores alone", "CPU time", "clock")
+    return f"{table(header, body)}\n\n{source(chosen)}\n"
+
+
 def serve_section(rows: Sequence[Row]) -> str:
     parts = []
     load = newest([r for r in rows if r["kind"] == "load"], lambda r: (r["model"], r["share"], r["burst"]))
@@ -316,6 +325,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("accuracy", "What a precision costs in accuracy", accuracy_section),
     ("quality", "How well it ranks: held-out occupations of the crosswalk", quality_section),
     ("cascade", "Who is not read to the end", cascade_section),
+    ("explain", "Words and notes", explain_section),
     ("serve", "Serving", serve_section),
     ("adapters", "More adapters than slots", adapters_section),
     ("ceiling", "What the machine can do at most", ceilings_section),

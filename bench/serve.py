@@ -288,7 +288,8 @@ async def swaps(args: argparse.Namespace) -> None:
     before, during = percentiles([a["whole"] for a in quiet]), percentiles([s for _, _, s in answers])
     keep(args, {
         "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "asked_per_s": round(rate, 2),
-        "failed": len(failed), "checked": args.checked, "of_another_base": wrong, "swap_s_p50": round(quantiles(pauses)[1], 2),
+        "failed": len(failed), "checked": min(args.checked, len(answers)), "of_another_base": wrong,
+        "swap_s_p50": round(quantiles(pauses)[1], 2),
         "quiet": before, "during": during,
     })  # fmt: skip
 

@@ -180,7 +180,7 @@ def wait_ready(address: str, seconds: float = 60) -> None:
 def test_hangs(home: Path, truth: Truth) -> None:
     """An engine process that stops moving is replaced, and what it held is answered."""
     hangs = times(1, 10)
-    with server(home, "--hang-timeout", "2") as (process, address), Load(address, truth) as load:
+    with server(home, "--hang-timeout", "4") as (process, address), Load(address, truth) as load:
         for _ in range(hangs):
             time.sleep(0.5)
             (pid,) = children(process.pid, "engine")

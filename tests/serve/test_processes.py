@@ -49,11 +49,21 @@ def server(
     tiny_dir: Path,  # noqa: F811
     adapter_dirs: dict[str, Path],  # noqa: F811
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> Iterator[tuple[Any, Any]]:
     keys = tmp_path / "keys"
     keys.write_text(f"shop rank {RANK}\noperator admin {ADMIN}\n")
     root = adapter_dirs["alpha"].parent
-    flags = ["--front-ends", "2", "--keys", str(keys), "--adapter-root", str(root), "--hang-timeout", "3"]
+    flags = [
+        "--front-ends",
+        "2",
+        "--keys",
+        str(keys),
+        "--adapter-root",
+        str(root),
+        "--hang-timeout",
+        "4" if "hangs" in request.node.name else "60",
+    ]
     with (
         _started(tiny_dir, *flags) as (process, address),
         httpx.Client(base_url=address, headers={"authorization": f"Bearer {RANK}"}, timeout=120) as client,

@@ -62,6 +62,7 @@ class Supervisor:
         self._fronts = [Child("front", front | {"fd": fd}, (fd,)) for _ in range(front_ends)]
         self._link = Link(socket_path)
         self._stopping = asyncio.Event()
+        self._answered: asyncio.subprocess.Process | None = None  # the engine process that has answered a ping
 
     @property
     def restarts(self) -> int:
@@ -102,6 +103,7 @@ class Supervisor:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+        self._answered = process if answered else None
         return None if answered and not ended else (process.returncode or 0)
 
     async def _ping(self, timeout: float) -> Any:
@@ -137,17 +139,16 @@ class Supervisor:
         """An engine that does not answer any more, or has requests and makes no step, for `hang_s` is killed; `_kept` starts another one.
         One that has never answered is still loading, for as long as that takes."""
         last, moved, process = -1, time.monotonic(), None
-        has_answered = False
         while True:
             await asyncio.sleep(PING_S)
             if process is not self._engine.process:
-                last, moved, process, has_answered = -1, time.monotonic(), self._engine.process, False
+                last, moved, process = -1, time.monotonic(), self._engine.process
             with contextlib.suppress(TimeoutError, LinkLost):
                 pong = await self._link.ping(max(PING_S, self._hang_s / 4))
-                has_answered = True
+                self._answered = process
                 if pong.steps != last or not pong.requests:
                     last, moved = pong.steps, time.monotonic()
-            late = has_answered and time.monotonic() - moved > self._hang_s
+            late = self._answered is process and time.monotonic() - moved > self._hang_s
             if late and process is not None and process.returncode is None:
                 logger.error("the engine process has not moved for %.0f s", self._hang_s)
                 process.kill()

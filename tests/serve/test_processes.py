@@ -168,7 +168,8 @@ def test_a_kill_in_the_middle_of_a_swap_leaves_the_old_base(server: tuple[Any, A
     admin = {"authorization": f"Bearer {ADMIN}"}
     answers = []
     body = {"model": str(other), "wait": True}
-    thread = threading.Thread(target=lambda: answers.append(client.post("/admin/swap", json=body, headers=admin)))
+    slow = body | {"adapters": {f"n{i}": "alpha" for i in range(60)}}  # each is tested: there is a middle to kill in
+    thread = threading.Thread(target=lambda: answers.append(client.post("/admin/swap", json=slow, headers=admin)))
     thread.start()
     while client.get("/admin/swap/status", headers=admin).json()["swap"]["phase"] == "idle":
         pass

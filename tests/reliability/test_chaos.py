@@ -108,6 +108,7 @@ class Load:
         self._address, self._truth, self._adapters = address, truth, adapters
         self._stop = threading.Event()
         self.statuses: Counter[int] = Counter()
+        self.errors: Counter[str] = Counter()  # what was said where an answer is an error
         self.wrong: list[str] = []
         self.seconds: list[float] = []
         self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(threads)]
@@ -143,6 +144,7 @@ class Load:
     def check(self, answer: Any, name: str, query: str) -> None:
         data = answer.json()
         if answer.status_code != 200:
+            self.errors[str(data.get("error", {}).get("message"))] += 1
             if "type" not in data.get("error", {}):
                 self.wrong.append(f"{answer.status_code} without a type: {answer.text[:200]}")
             return
@@ -162,11 +164,11 @@ def test_kills(home: Path, truth: Truth) -> None:
     kills = times(4, 50)
     with server(home) as (process, address), Load(address, truth) as load:
         for _ in range(kills):
-            time.sleep(0.6)
+            time.sleep(1)
             for pid in children(process.pid, "engine"):
                 os.kill(pid, signal.SIGKILL)
             wait_ready(address)
-    assert set(load.statuses) == {200}, load.statuses
+    assert set(load.statuses) == {200}, load.errors
     keep("kill", kills=kills, requests=sum(load.statuses.values()), longest_s=round(max(load.seconds), 2))
 
 
@@ -188,7 +190,7 @@ def test_hangs(home: Path, truth: Truth) -> None:
             while Path(f"/proc/{pid}").exists():
                 time.sleep(0.1)
             wait_ready(address)
-    assert set(load.statuses) == {200}, load.statuses
+    assert set(load.statuses) == {200}, load.errors
     keep("hang", hangs=hangs, requests=sum(load.statuses.values()), longest_s=round(max(load.seconds), 2))
 
 
@@ -208,9 +210,10 @@ def test_swaps_and_kills(home: Path, truth: Truth) -> None:
             if rng.random() < 0.5:
                 os.kill(children(process.pid, "engine")[0], signal.SIGKILL)
                 wait_ready(address)
+                time.sleep(1)  # a request that sees three processes end is not asked a fourth time
             if rng.random() < 0.3:
                 admin.post("/admin/swap/rollback")
-    assert set(load.statuses) == {200}, load.statuses
+    assert set(load.statuses) == {200}, load.errors
     keep("swap", swaps=rounds, requests=sum(load.statuses.values()))
 
 
@@ -350,7 +353,7 @@ def test_slow_clients(home: Path, truth: Truth) -> None:
                 raw.sendall(head + body)  # and never reads
         with Load(address, truth, threads=2) as load:
             time.sleep(2)
-        assert set(load.statuses) == {200}, load.statuses
+        assert set(load.statuses) == {200}, load.errors
         slowest = sorted(load.seconds)[int(0.99 * len(load.seconds))]
         assert slowest < 5
     keep("slow clients", clients=count, requests=sum(load.statuses.values()), p99_s=round(slowest, 3))

@@ -20,6 +20,7 @@ __all__ = ["Link", "LinkLost", "Reply", "SlowReader"]
 
 MOST_QUEUED = 8 * 2**20  # bytes of one answer whose client does not read
 RETRY_S = 0.05
+ANSWER_S = 10.0
 
 
 class LinkLost(Exception):
@@ -133,9 +134,16 @@ class Link:
 
     async def _keep_connected(self) -> None:
         while True:
+            writer: asyncio.StreamWriter | None = None
             try:
                 reader, writer = await asyncio.open_unix_connection(self._path)
-            except OSError:
+                # A process that is being killed may still be connected to: one that is there answers.
+                write_frame(writer, Ping())
+                async with asyncio.timeout(ANSWER_S):
+                    await read_frame(reader)
+            except (OSError, TimeoutError):
+                if writer is not None:
+                    writer.close()
                 await asyncio.sleep(RETRY_S)
                 continue
             self._writer = writer

@@ -26,6 +26,7 @@ from typing import Any
 
 from bench.rows import ROOT, append_row
 from uma_engine.ranking.metrics import paired_bootstrap
+from uma_engine.train.groups import spread
 from uma_engine.train.occupations import DEV_MAJORS, TEST_MAJORS, first_stages, read_collection
 
 KEPT = ROOT / "build" / "quality"
@@ -163,13 +164,6 @@ def main() -> None:
             print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
             if not args.no_save:
                 append_row("quality", row)
-
-
-def spread(queries: Sequence[Query], count: int) -> list[Query]:
-    """`count` queries, evenly over the list, which is ordered by occupation."""
-    if count >= len(queries):
-        return list(queries)
-    return [queries[i * len(queries) // count] for i in range(count)]
 
 
 if __name__ == "__main__":

@@ -146,9 +146,17 @@ def op_row(
 
 
 def module_arguments() -> list[str]:
-    """The module this process was started with, and its arguments."""
+    """The module this process was started with, and its arguments; of a path outside of the repository the last part alone."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return [spec.name if spec else sys.argv[0], *sys.argv[1:]]
+    return [spec.name if spec else sys.argv[0], *map(without_place, sys.argv[1:])]
+
+
+def without_place(argument: str) -> str:
+    name, equals, value = argument.rpartition("=")
+    path = Path(value)
+    if not path.is_absolute():
+        return argument
+    return name + equals + (str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name)
 
 
 def append_row(area: str, row: Mapping[str, Any]) -> None:

@@ -68,6 +68,18 @@ def _rank_body(query: str, candidates: Sequence[Candidate | str], options: Mappi
     return {"query": query, "candidates": people, **{k: v for k, v in options.items() if v is not None}}
 
 
+def _swap_body(
+    model: str, adapters: Mapping[str, str] | None, exclusive: bool, canary: float | None, wait: bool
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "adapters": dict(adapters or {}),
+        "exclusive": exclusive,
+        "canary": canary,
+        "wait": wait,
+    }
+
+
 def _ranking(data: Mapping[str, Any]) -> Ranking:
     results = tuple(Ranked(r["index"], r["id"], r["score"], r) for r in data["results"])
     return Ranking(results, str(data.get("id", "")), data)
@@ -159,13 +171,7 @@ class Client:
     ) -> dict[str, Any]:
         """Swap the base while requests run; the status, at its end with `wait`. `canary`: the new base answers this share of the keys until
         `finish_swap` or `rollback`. Needs an `admin` key."""
-        body = {
-            "model": model,
-            "adapters": dict(adapters or {}),
-            "exclusive": exclusive,
-            "canary": canary,
-            "wait": wait,
-        }
+        body = _swap_body(model, adapters, exclusive, canary, wait)
         return cast(dict[str, Any], self._ask("POST", "/admin/swap", body))
 
     def swap_status(self) -> dict[str, Any]:
@@ -238,13 +244,7 @@ class AsyncClient:
         canary: float | None = None,
         wait: bool = True,
     ) -> dict[str, Any]:
-        body = {
-            "model": model,
-            "adapters": dict(adapters or {}),
-            "exclusive": exclusive,
-            "canary": canary,
-            "wait": wait,
-        }
+        body = _swap_body(model, adapters, exclusive, canary, wait)
         return cast(dict[str, Any], await self._ask("POST", "/admin/swap", body))
 
     async def swap_status(self) -> dict[str, Any]:

@@ -60,3 +60,12 @@ def test_rows_have_intervals_by_form() -> None:
     mean, low, high = rows[0]["over_minilm"]
     assert low < mean < high
     assert mean == 0
+
+
+def test_a_rows_command_names_no_place_of_a_machine() -> None:
+    from bench.rows import ROOT, without_place
+
+    assert without_place("/somewhere/data") == "data"
+    assert without_place("tuned=/somewhere/out") == "tuned=out"
+    assert without_place(f"--data={ROOT}/examples/data") == "--data=examples/data"
+    assert [without_place(a) for a in ("--jobs", "60", "a/b", "x=1")] == ["--jobs", "60", "a/b", "x=1"]

@@ -16,13 +16,14 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = ["Group", "Judged", "file_digest", "read_groups", "spread", "write_groups"]
+__all__ = ["Group", "Judged", "file_digest", "read_groups", "share_of", "spread", "write_groups"]
 
 MAX_GRADE = 10
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,14 @@ def read_groups(path: str | Path) -> list[Group]:
     return groups
 
 
-def spread(groups: Sequence[Group], count: int) -> list[Group]:
-    """`count` of the groups, evenly over the list, which may be ordered by what they are about."""
-    return [groups[i * len(groups) // count] for i in range(count)] if count < len(groups) else list(groups)
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of the items, evenly over the list, which may be ordered by what they are about."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else list(items)
+
+
+def share_of(name: str) -> float:
+    """From 0 to below 1, always the same for a name: what splits that must not change are made of."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) / 2**32
 
 
 def _group(line: str, where: str) -> Group:

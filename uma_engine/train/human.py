@@ -8,7 +8,6 @@ Knows the form of such data, an importer for UPHELD, and how marks become grades
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import defaultdict
@@ -19,7 +18,7 @@ from typing import Any
 
 from uma_engine.errors import InvalidRequest
 from uma_engine.train.agreement import Level, krippendorff_alpha
-from uma_engine.train.groups import Group, Judged
+from uma_engine.train.groups import Group, Judged, share_of
 
 __all__ = [
     "Conversation",
@@ -183,7 +182,7 @@ def dialogue_of(conversation: str) -> str:
 
 def split_of(conversation: str) -> str:
     """`train`, `dev` or `test`, by the dialogue."""
-    share = int.from_bytes(hashlib.sha256(dialogue_of(conversation).encode()).digest()[:4]) / 2**32
+    share = share_of(dialogue_of(conversation))
     return "test" if share < 0.25 else "dev" if share < 0.4 else "train"
 
 

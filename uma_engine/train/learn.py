@@ -7,7 +7,6 @@ forgotten. While `FREEZE` lies in the registry nothing is trained or promoted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import time
@@ -19,7 +18,7 @@ from typing import Any
 from uma_engine.errors import InvalidRequest
 from uma_engine.train.artifact import write_json
 from uma_engine.train.gates import Gates, evaluate, report_digest
-from uma_engine.train.groups import Group, write_groups
+from uma_engine.train.groups import Group, share_of, write_groups
 from uma_engine.train.outcomes import Event, judged_jobs, planted
 from uma_engine.train.recipe import Recipe
 from uma_engine.train.registry import AdapterHistory, Refused
@@ -118,7 +117,7 @@ def cycle(
 
 def split_of(job: str) -> str:
     """Which part a job belongs to, always the same: what judged one adapter never trains the next."""
-    share = int.from_bytes(hashlib.sha256(job.encode()).digest()[:4]) / 2**32
+    share = share_of(job)
     return "test" if share < TEST else "dev" if share < TEST + DEV else "train"
 
 

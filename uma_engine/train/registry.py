@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -146,6 +147,7 @@ class AdapterHistory:
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | {"digest": _digest(line)}, sort_keys=True) + "\n")
             file.flush()
+            os.fsync(file.fileno())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

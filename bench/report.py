@@ -302,7 +302,8 @@ def cost_page(rows: Sequence[Row]) -> str:
     body = [
         (
             r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
-            f"{r.get('times_the_flops_of_shared', 1):.2f}", f"{r['seconds_query']:.2f}" + (f" (beside {r['beside']})" if "beside" in r else ""),
+            f"{r.get('times_the_flops_of_shared', 1):.2f}",
+            f"{r['seconds_query']:.2f}" + (f" (beside {r['beside']})" if "beside" in r else ""),
             f"{r.get('times_the_seconds_of_shared', 1):.2f}", f"{r['seconds_query'] / 3600 * PRICE * 1e6:,.0f}",
         )
         for r in chosen

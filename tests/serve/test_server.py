@@ -208,6 +208,7 @@ def test_models_health_and_metrics(client: Client) -> None:
     names = [m["id"] for m in client.get("/v1/models").json()["data"]]
     assert names == [client.engine.model, "gpt-4o"]
     assert {client.get(path).status_code for path in ("/livez", "/healthz", "/readyz")} == {200}
+    assert client.post("/v1/rank", {"query": QUERY, "candidates": TEXTS}).status_code == 200
     text = client.get("/metrics").text
     assert "# TYPE uma:e2e_request_latency_seconds histogram" in text
     assert "uma:num_requests_running 0" in text

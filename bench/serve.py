@@ -4,6 +4,7 @@
     python -m bench.serve front
     python -m bench.serve stream
     python -m bench.serve batching
+    python -m bench.serve priority [--seconds 60]
     python -m bench.serve swaps [--models smollm2-135m gemma3-270m qwen2.5-coder-0.5b] [--swaps 50]
 
 load      requests of mixed sizes at times that do not wait for answers; `--share` of the capacity that a closed loop reaches. Time to the
@@ -11,7 +12,9 @@ load      requests of mixed sizes at times that do not wait for answers; `--shar
 front     one process against a front end before it, the same requests in turns.
 stream    many streams of a tiny model, whose tokens cost next to nothing: chunks a second, and for each second of the front end's CPU.
 batching  64 completions of mixed lengths: all at once against batches of 16 that wait for their longest. Goal: 4x.
-swaps     bases in a circle while requests come at 70 % of capacity; afterwards each answer is recomputed by the base that it names.
+priority  small interactive requests, alone, beside a flood of large ones of the class batch, and beside the same flood as interactive.
+swaps     bases in a circle while requests come at 70 % of the capacity of the base that answers; for each base the latencies while the next
+          one is prepared, beside those without a swap; afterwards each answer is recomputed by the base that it names.
 
 Load is made by another process on the same machine, and takes part of it. Rows go to bench/results/serve.jsonl.
 """
@@ -252,45 +255,97 @@ def batching(args: argparse.Namespace) -> None:
     })  # fmt: skip
 
 
+async def priority(args: argparse.Namespace) -> None:
+    """Interactive requests have the same times and sizes in each round."""
+    async with served("--model", args.model, "--front-ends", "1") as client:
+        most, _ = await capacity(client)
+        found: dict[str, list[float]] = {}
+        done: dict[str, int] = {}
+        for name in ("alone", "beside batch", "beside interactive"):
+            stop = asyncio.Event()
+            done[name] = 0
+
+            async def flood(seed: int, name: str = name, stop: asyncio.Event = stop) -> None:
+                rng = random.Random(seed)
+                headers = {"x-uma-priority": "batch" if name == "beside batch" else "interactive"}
+                while not stop.is_set():
+                    body = rank_body(rng) | {"candidates": texts(rng, 64)}
+                    answer = await client.post("/v1/rank", json=body, headers=headers)
+                    assert answer.status_code == 200, answer.text
+                    done[name] += 1
+
+            floods = [asyncio.create_task(flood(seed)) for seed in range(4)] if name != "alone" else []
+            await asyncio.sleep(2 if floods else 0)
+            answers = await open_loop(lambda b, t: asked(client, b, t), args.rate * most, 1, args.seconds)
+            stop.set()
+            await asyncio.gather(*floods)
+            assert all(a["status"] == 200 for a in answers)
+            found[name] = [a["whole"] for a in answers]
+    keep(args, {
+        "kind": "priority", "model": args.model, "asked_share": args.rate, "requests": len(found["alone"]),
+        "batches_done": {name: n for name, n in done.items() if n},
+        **{name.replace(" ", "_"): percentiles(values) for name, values in found.items()},
+    })  # fmt: skip
+
+
 async def swaps(args: argparse.Namespace) -> None:
     answers: list[tuple[dict[str, Any], Any, float]] = []
     pauses: list[float] = []
+    quiet: dict[str, list[float]] = {}
+    rates: dict[str, float] = {}
     async with served("--model", args.models[0], "--front-ends", "1") as client:
-        most, _ = await capacity(client)
-        done = asyncio.Event()
+
+        async def swap(model: str) -> float:
+            began = time.perf_counter()
+            told = await client.post("/admin/swap", json={"model": model, "wait": True})
+            assert told.json()["swap"]["phase"] == "done", told.text
+            return time.perf_counter() - began
+
+        for model in [*args.models[1:], args.models[0]]:  # each base by itself; the caches are filled by the way
+            await swap(model)
+            rates[model] = args.share * (await capacity(client))[0]
+            quiet[model] = [
+                a["whole"] for a in await open_loop(lambda b, t: asked(client, b, t), rates[model], 1, args.seconds)
+            ]
+            sys.stderr.write(f"  {model}: {rates[model]:.2f} requests a second, {percentiles(quiet[model])}\n")
 
         async def ask(body: dict[str, Any], due: float) -> None:
             answer = await client.post("/v1/rank", json=body)
             answers.append((body, answer, time.perf_counter() - due))
 
+        now = args.models[0]
+
         async def circle() -> None:
+            nonlocal now
             for number in range(1, args.swaps + 1):
                 model = args.models[number % len(args.models)]
-                began = time.perf_counter()
-                told = await client.post("/admin/swap", json={"model": model, "wait": True})
-                assert told.json()["swap"]["phase"] == "done", told.text
-                pauses.append(time.perf_counter() - began)
+                pauses.append(await swap(model))
+                now = model
                 sys.stderr.write(f"  swap {number}/{args.swaps}: {model} after {pauses[-1]:.1f} s\n")
-            done.set()
 
-        # The slowest base decides what can be carried all the time.
-        rate, rng, tasks = args.share * most / args.slowest, random.Random(1), []
-        quiet = await open_loop(lambda b, t: asked(client, b, t), rate, 1, args.seconds)
+        rng, tasks = random.Random(1), []
         swapping = asyncio.create_task(circle())
         began, due = time.perf_counter(), 0.0
-        while not done.is_set() and not swapping.done():
+        while not swapping.done():
             await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
             tasks.append(asyncio.create_task(ask(rank_body(rng), began + due)))
-            due += rng.expovariate(rate)
+            due += rng.expovariate(rates[now])
         await asyncio.gather(swapping, *tasks)
     failed = [a for _, a, _ in answers if a.status_code != 200]
-    wrong = recomputed(args.models, [(b, a.json()) for b, a, _ in answers if a.status_code == 200], args.checked)
-    before, during = percentiles([a["whole"] for a in quiet]), percentiles([s for _, _, s in answers])
+    good = [(body, answer.json(), s) for body, answer, s in answers if answer.status_code == 200]
+    wrong = recomputed(args.models, [(body, said) for body, said, _ in good], args.checked)
+    by_base: dict[str, Any] = {}
+    for model in args.models:
+        during = [s for _, said, s in good if said["stack"]["model"] == model]
+        before, after = percentiles(quiet[model]), percentiles(during)
+        by_base[model] = {
+            "asked_per_s": round(rates[model], 2), "requests": [len(quiet[model]), len(during)], "quiet": before, "during": after,
+            "adds_p99_ms": round(after["p99_ms"] - before["p99_ms"], 1),
+        }  # fmt: skip
     keep(args, {
-        "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "asked_per_s": round(rate, 2),
+        "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "share": args.share,
         "failed": len(failed), "checked": min(args.checked, len(answers)), "of_another_base": wrong,
-        "swap_s_p50": round(quantiles(pauses)[1], 2),
-        "quiet": before, "during": during,
+        "swap_s_p50": round(quantiles(pauses)[1], 2), "by_base": by_base,
     })  # fmt: skip
 
 
@@ -318,7 +373,7 @@ def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     kinds = parser.add_subparsers(dest="kind", required=True)
-    made = {name: kinds.add_parser(name) for name in ("load", "front", "stream", "batching", "swaps")}
+    made = {name: kinds.add_parser(name) for name in ("load", "front", "stream", "batching", "priority", "swaps")}
     for sub in made.values():
         sub.add_argument("--model", default="smollm2-135m")
         sub.add_argument("--precision", default="near")
@@ -331,13 +386,17 @@ def main() -> None:
     made["swaps"].add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"])
     made["swaps"].add_argument("--swaps", type=int, default=50)
     made["swaps"].add_argument("--share", type=float, default=0.7)
-    made["swaps"].add_argument("--slowest", type=float, default=4.5, help="how much slower the slowest base is")
+    made["priority"].add_argument(
+        "--rate", type=float, default=0.2, help="of the capacity that interactive requests take"
+    )
     made["swaps"].add_argument("--checked", type=int, default=200)
     args = parser.parse_args()
     if args.kind == "batching":
         batching(args)
     else:
-        asyncio.run({"load": load, "front": front, "stream": stream, "swaps": swaps}[args.kind](args))
+        asyncio.run(
+            {"load": load, "front": front, "stream": stream, "priority": priority, "swaps": swaps}[args.kind](args)
+        )
 
 
 if __name__ == "__main__":

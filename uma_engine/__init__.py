@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from uma_engine._version import __version__
 from uma_engine.config import EngineConfig
-from uma_engine.core import Candidate, FinishReason, SamplingParams
+from uma_engine.core import Candidate, FinishReason, SamplingParams, background
 from uma_engine.errors import UmaError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ __all__ = [
     "UmaError",
     "Usage",
     "__version__",
+    "background",
 ]
 
 _LAZY = {

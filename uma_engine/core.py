@@ -5,10 +5,12 @@ Knows token ids and counters; does not know text templates, tensors or who sched
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol, TypeGuard
@@ -27,9 +29,29 @@ __all__ = [
     "SchedulerOutput",
     "Segment",
     "StepResult",
+    "background",
+    "in_background",
 ]
 
 NO_PARENT = -1
+_background: contextvars.ContextVar[bool] = contextvars.ContextVar("uma_background", default=False)
+
+
+@contextlib.contextmanager
+def background() -> Iterator[None]:
+    """What is asked of an engine inside, in this thread or task, is background work: it is computed in small steps with what others leave,
+    so that nobody waits long behind it. It is not starved, and its answers are the same.
+    """
+    token = _background.set(True)
+    try:
+        yield
+    finally:
+        _background.reset(token)
+
+
+def in_background() -> bool:
+    """Whether this thread or task is inside `background`."""
+    return _background.get()
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,12 +269,14 @@ class Request:
     A SCORE request finishes when every scored segment has its logits, a GENERATE request (a single path of segments, of
     which the last one grows, as its `grammar` allows) when its output ends. `cache_root` starts the hash
     chain of the prefix cache: a digest over base, adapter content and tenant. `deadline` is in the scheduler's clock, seconds.
+    `background`: others go first; see `background`.
     """
 
     __slots__ = (
         "adapter",
         "arrival",
         "attention_flops",
+        "background",
         "cache_root",
         "core_seconds",
         "deadline",
@@ -320,6 +344,7 @@ class Request:
         self.deadline = deadline
         self.grammar = grammar
         self.user_data = user_data
+        self.background = in_background()
         self.arrival = 0.0  # set by the scheduler
         self.num_prompt_tokens = sum(len(s.token_ids) for s in segments)
         self.num_computed_tokens = 0  # tokens run for it, again after a preemption included; set by the scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import pytest
 
 from tests.engine.conftest import SMALL
 from tests.tiny import make_tiny_adapter, make_tiny_model
-from uma_engine import AsyncEngine, Engine
+from uma_engine import AsyncEngine, Engine, UmaError, background
 from uma_engine.cli.main import main
 
 httpx = pytest.importorskip("httpx")
@@ -25,6 +26,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("msgspec")
 
 from uma_engine.serve import ServeSettings, make_app  # noqa: E402
+from uma_engine.serve.preparing import Opener  # noqa: E402
 from uma_engine.serve.settings import Key  # noqa: E402
 
 ADMIN = "admin-secret-0123456789"
@@ -152,6 +154,48 @@ def test_a_rollback_is_at_once(bases: list[Path], truth: dict[str, dict[str, lis
             metrics = (await server.http.get("/metrics")).text
             assert "uma:swaps_total 2" in metrics
             await server.close()
+
+    asyncio.run(run())
+
+
+def test_a_base_that_is_prepared_gives_way_to_the_one_that_serves(bases: list[Path]) -> None:
+    """The serving engine pretends to be busy: the other one steps once in a while, and at once when it is not."""
+
+    async def run() -> None:
+        async with AsyncEngine(bases[0], **SMALL) as serving, AsyncEngine(bases[1], **SMALL) as fresh:
+            alone = await fresh.rank(QUERIES[0], TEXTS)
+            fresh.give_way(serving)
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            assert (await fresh.rank(QUERIES[1], TEXTS)).results
+            assert loop.time() - began < 0.5, "the other one is idle"
+            fresh._stack.loop.give_way = lambda: True
+            with background():
+                began = loop.time()
+                first = await fresh.rank(QUERIES[2], TEXTS)
+                second = await fresh.rank(QUERIES[0], TEXTS)
+                assert 0.8 < loop.time() - began < 10, "a step a second"
+            assert first.results
+            assert [r.score for r in second.all_results] == [r.score for r in alone.all_results]
+
+    asyncio.run(run())
+
+
+def test_a_base_is_prepared_by_another_process_and_what_fails_there_fails_here(
+    bases: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UMA_CACHE", str(tmp_path))
+    opener = Opener(**SMALL)
+
+    async def run() -> None:
+        before = sys.getswitchinterval(), gc.isenabled()
+        engine = await opener(str(bases[0]))
+        assert (await engine.rank(QUERIES[0], TEXTS)).results
+        await engine.close()
+        assert any((tmp_path / "digests").iterdir()), "the cache was filled"
+        with pytest.raises(UmaError):
+            await opener(str(tmp_path / "nowhere"))
+        assert (sys.getswitchinterval(), gc.isenabled()) == before
 
     asyncio.run(run())
 

@@ -24,9 +24,11 @@ from uma_engine.core import (
     SchedulerOutput,
     Segment,
     StepResult,
+    background,
 )
 from uma_engine.errors import InvalidRequest, InvariantViolation, Overloaded, TooLarge
 from uma_engine.scheduler import Finished, ScoreReady, TokenReady
+from uma_engine.scheduler.step_planner import PATIENCE
 
 
 def work(output: SchedulerOutput) -> list[tuple[str, int, int, int]]:
@@ -382,6 +384,50 @@ def test_a_newcomer_neither_waits_for_the_others_past_nor_overtakes_them():
             served[name] += num_tokens
     assert len(served) == 6
     assert max(served.values()) - min(served.values()) <= 2 * 21
+
+
+def background_rank(*args, **options):
+    with background():
+        return rank_request(*args, **options)
+
+
+def test_background_work_comes_in_small_steps_and_after_all_others():
+    engine = Engine(max_num_batched_tokens=64)
+    engine.scheduler.background_tokens = 16
+    engine.add(background_rank("batch", range(8), [[n % 50] * 4 for n in range(200)]))
+    for _ in range(5):
+        output, _ = engine.step()
+        assert 16 <= output.num_tokens < 16 + 4, "small steps, but for the last piece"
+    engine.add(rank_request("asked", [7] * 8, [[n] * 4 for n in range(8)]))
+    output, events = engine.step()
+    assert work(output)[0][0] == "asked"
+    assert any(isinstance(e, Finished) and e.request.request_id == "asked" for e in events), "all of it in one step"
+    assert sum(n for name, _, _, n in work(output) if name == "batch") == 0, "40 tokens are more than 16"
+    engine.drain()
+
+
+def test_background_work_is_not_starved():
+    engine = Engine(max_num_batched_tokens=32)
+    engine.scheduler.background_tokens = 16
+    engine.add(background_rank("batch", [1] * 4, [[2] * 4 for _ in range(4)]))
+    ended = None
+    for step in range(200):
+        engine.add(rank_request(f"r{step}", [step % 50] * 8, [[3] * 8 for _ in range(6)]))
+        _, events = engine.step()
+        if any(isinstance(e, Finished) and e.request.request_id == "batch" for e in events):
+            ended = step
+            break
+    assert ended is not None
+    assert PATIENCE <= ended <= 4 * PATIENCE
+    engine.drain()
+
+
+def test_what_is_asked_inside_background_is_background_work_and_nothing_else():
+    assert not rank_request("a", [1], [[2]]).background
+    assert background_rank("b", [1], [[2]]).background
+    with background(), background():
+        pass
+    assert not rank_request("c", [1], [[2]]).background
 
 
 def test_what_is_left_of_the_budget_goes_to_the_earliest():

@@ -41,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, FinishReason] = {}
         self.in_flight = None
+        self.in_background = False
 
     @initialize(
         num_blocks=st.integers(4, 24),
@@ -61,7 +62,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.scheduler = self.engine.scheduler
 
+    @rule(tokens_in_a_step=st.integers(1, 30))
+    def pace(self, tokens_in_a_step):
+        self.scheduler.background_tokens = tokens_in_a_step
+
+    @rule(whether=st.booleans())
+    def choose_background(self, whether):
+        self.in_background = whether
+
     def _submit(self, request: Request) -> None:
+        request.background = self.in_background
         waiting = self.scheduler.num_waiting
         try:
             self.scheduler.add_request(request)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 from awkward_text import AWKWARD, random_texts
 from gguf_files import write_gguf
@@ -160,6 +161,22 @@ def test_a_sentencepiece_tokenizer_rebuilt_from_gguf_equals_the_original(tmp_pat
         if "▁" not in text:
             assert rebuilt.decode(rebuilt.encode(text)) == text
     assert rebuilt.adds_bos
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"PK\x03\x04 nonsense", "other"])
+def test_what_is_kept_of_a_tokenizer_changes_nothing(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("UMA_CACHE", str(tmp_path / "cache"))
+    file = GGUFFile(sentencepiece_gguf(tmp_path / "t.gguf", True))
+    first = Tokenizer.from_gguf(file, "ab" * 32)
+    (kept,) = (tmp_path / "cache" / "tokenizers").iterdir()
+    if damage == "other":
+        np.savez(kept.open("wb"), merges=np.array([[0, 10**6]]), digest=np.zeros(32, np.uint8))
+    elif damage is not None:
+        kept.write_bytes(damage)
+    again, without = Tokenizer.from_gguf(file, "ab" * 32), Tokenizer.from_gguf(file)
+    assert first.digest == again.digest == without.digest
+    for text in TEXTS:
+        assert first.encode(text) == again.encode(text) == without.encode(text)
 
 
 def test_a_sentencepiece_tokenizer_json_is_read_too(tmp_path):

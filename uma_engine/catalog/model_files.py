@@ -171,7 +171,7 @@ class _GGUFModel(ModelFiles):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.from_gguf(self.file)
+        return Tokenizer.from_gguf(self.file, self.digest)
 
 
 class _HubDirectory(ModelFiles):

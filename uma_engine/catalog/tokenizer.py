@@ -72,12 +72,12 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, file: GGUFFile) -> Tokenizer:
-        """Rebuilds the tokenizer from a GGUF file's metadata.
+    def from_gguf(cls, file: GGUFFile, digest: str | None = None) -> Tokenizer:
+        """Rebuilds the tokenizer from a GGUF file's metadata. With the file's `digest` what takes long is kept in the cache.
 
         Errors:  UnsupportedModel for a kind of tokenizer that is not known; CorruptFile for contradictory metadata
         """
-        return cls(source_from_gguf(file.metadata, f"`{file.path}`"))
+        return cls(source_from_gguf(file.metadata, f"`{file.path}`", digest))
 
     @classmethod
     def from_directory(cls, path: str | Path) -> Tokenizer:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as _Library
 
+from uma_engine.catalog.cache import cache_dir
 from uma_engine.catalog.fields import Fields
 from uma_engine.catalog.safetensors_reader import read_json
 from uma_engine.errors import CorruptFile, UnsupportedModel
@@ -68,8 +71,11 @@ def _is_text(piece: str, byte_level: bool) -> bool:
     return not piece.strip(f" \t\r\n{SPACE}") or (not byte_level and MARKUP.fullmatch(piece) is not None)
 
 
-def source_from_gguf(metadata: Mapping[str, Any], where: str) -> TokenizerSource:
-    """Errors:  UnsupportedModel for unknown kinds and splitting rules; CorruptFile for contradictory lists"""
+def source_from_gguf(metadata: Mapping[str, Any], where: str, file_digest: str | None = None) -> TokenizerSource:
+    """`file_digest`: of the file that the metadata are from; what takes long to work out is kept in the cache under it.
+
+    Errors:  UnsupportedModel for unknown kinds and splitting rules; CorruptFile for contradictory lists
+    """
     fields = Fields(metadata, where, "tokenizer.ggml.")
     kind = fields.text("model")
     if kind not in ("gpt2", "llama"):
@@ -88,12 +94,13 @@ def source_from_gguf(metadata: Mapping[str, Any], where: str) -> TokenizerSource
     defined = [pieces[i] for i, t in enumerate(types) if t == USER_DEFINED]
     in_text = {p: AddedToken(p, normalized=False) for p in defined if _is_text(p, byte_level)}
     control = [*special, *(p for p in defined if p not in in_text)]
+    kept = None if file_digest is None else _read_kept(file_digest, pieces)
     if byte_level:
         merges = _listed_merges(fields, vocab)
         normalizer, pre_tokenizer, options = _byte_level_rules(fields)
         adds_first_space = False
     else:
-        merges = _merges_from_scores(fields, pieces, types)
+        merges = _merges_from_scores(fields, pieces, types) if kept is None else kept.merges
         adds_first_space = fields.flag("add_space_prefix", True)
         prepend = [normalizers.Prepend(SPACE)] if adds_first_space else []
         normalizer, pre_tokenizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", SPACE)]), None
@@ -105,7 +112,11 @@ def source_from_gguf(metadata: Mapping[str, Any], where: str) -> TokenizerSource
     for token_id in bos + eos:
         if token_id >= len(pieces):
             raise CorruptFile(f"{where}: the token id {token_id} is beyond the vocabulary of {len(pieces)}")
-    described = [kind, fields.get("pre", ""), adds_first_space, pieces, types, merges]
+    if kept is None:
+        described = [kind, fields.get("pre", ""), adds_first_space, pieces, types, merges]
+        kept = _Kept(hashlib.sha256(json.dumps(described).encode()).hexdigest(), [] if byte_level else merges)
+        if file_digest is not None:
+            _keep(file_digest, kept, vocab)
     return TokenizerSource(
         where=where,
         byte_level=byte_level,
@@ -116,13 +127,53 @@ def source_from_gguf(metadata: Mapping[str, Any], where: str) -> TokenizerSource
         in_text=in_text,
         normalizer=normalizer,
         pre_tokenizer=pre_tokenizer,
-        digest=hashlib.sha256(json.dumps(described).encode()).hexdigest(),
+        digest=kept.digest,
         adds_first_space=adds_first_space,
         bos_id=bos[0] if bos else None,
         eos_id=eos[0] if eos else None,
         adds_bos=fields.flag("add_bos_token", not byte_level),
         model_options=options,
     )
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What is worked out once for a file: the tokenizer's digest, and merges where the file has none."""
+
+    digest: str
+    merges: list[tuple[str, str]]
+
+
+def _kept_path(file_digest: str) -> Path:
+    return cache_dir() / "tokenizers" / f"{file_digest[:32]}.1.npz"  # 1: of this form
+
+
+def _read_kept(file_digest: str, pieces: list[str]) -> _Kept | None:
+    try:
+        with np.load(_kept_path(file_digest), allow_pickle=False) as file:
+            pairs, digest = file["merges"], bytes(file["digest"]).hex()
+        if (
+            len(digest) == 64
+            and pairs.shape[1:] == (2,)
+            and (not pairs.size or 0 <= pairs.min() <= pairs.max() < len(pieces))
+        ):
+            return _Kept(digest, [(pieces[left], pieces[right]) for left, right in pairs.tolist()])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not kept yet, or damaged: it is worked out again
+    return None
+
+
+def _keep(file_digest: str, kept: _Kept, vocab: Mapping[str, int]) -> None:
+    path = _kept_path(file_digest)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    pairs = np.array([(vocab[left], vocab[right]) for left, right in kept.merges], dtype=np.int32).reshape(-1, 2)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("wb") as file:
+            np.savez(file, merges=pairs, digest=np.frombuffer(bytes.fromhex(kept.digest), np.uint8))
+        scratch.replace(path)
+    except OSError:  # a cache that cannot be written only costs time
+        scratch.unlink(missing_ok=True)
 
 
 def _byte_level_rules(fields: Fields) -> tuple[Any, Any, dict[str, Any]]:

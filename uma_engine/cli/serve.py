@@ -117,6 +117,7 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
     """The engine and the application over it."""
     from uma_engine.serve import logs, make_app
     from uma_engine.serve.generations import SwapPlan
+    from uma_engine.serve.preparing import Opener
     from uma_engine.tasks.api import AsyncEngine
 
     options: dict[str, Any] = {"precision": args.precision, "device": args.device, "dtype": args.dtype}
@@ -134,9 +135,6 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
     with FetchProgress() as progress:
         engine = await asyncio.to_thread(lambda: AsyncEngine(model, progress=progress, max_lora_rank=256, **options))
 
-    async def make(other: str) -> AsyncEngine:
-        return await AsyncEngine.create(other, max_lora_rank=256, **options)
-
     async with engine:
         for name, path in adapters.items():
             engine.register_adapter(name, path)
@@ -149,7 +147,7 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
             logs.trace_to(args.otlp_endpoint)
         gc.collect()
         gc.freeze()  # what is there now stays: looking through it again and again would stop requests for 100 ms
-        yield engine, make_app(engine, settings, make, plan)
+        yield engine, make_app(engine, settings, Opener(max_lora_rank=256, **options), plan)
 
 
 def web_server(args: argparse.Namespace, app: Any, drain: Callable[[], object]) -> Any:

@@ -34,6 +34,10 @@ from uma_engine.scheduler import Event, Finished, Scheduler, ScoreReady, TokenRe
 __all__ = ["EngineLoop", "Sink"]
 
 logger = logging.getLogger("uma_engine.engine")
+BACKGROUND_STEP_S = 0.1  # that a step with background work may take: who arrives meanwhile waits for no longer
+FIRST_BACKGROUND_TOKENS = 128  # before it is known how fast this machine is
+RATE_TOKENS = 32  # a step of fewer says little about that
+LONGEST_WAY_S = 1.0  # between two steps of an engine that gives way to another
 
 
 class Sink(Protocol):
@@ -105,6 +109,11 @@ class EngineLoop:
         self._underway: _Underway | None = None
         self.num_steps = 0
         self.step_seconds = 0.0
+        self.give_way: Callable[[], bool] | None = None  # while it says so, a step waits, for `LONGEST_WAY_S` at most
+        self._last_step = 0.0
+        self._rate: float | None = None  # tokens a second
+        if not isinstance(runner, LaunchingRunner):
+            scheduler.background_tokens = min(FIRST_BACKGROUND_TOKENS, scheduler.background_tokens)
         self._pid = os.getpid()
         # The thread sees what its maker set for this context, such as a forced back end.
         run = contextvars.copy_context().run
@@ -211,7 +220,9 @@ class EngineLoop:
                     self._meter.begin()
                 idle = False
                 if self._scheduler.has_unfinished():
-                    self._step()
+                    if not self._gives_way():
+                        self._step()
+                        self._last_step = time.perf_counter()
                 else:
                     self._land()
         except BaseException as error:  # a fault of ours: nobody may hang because of it
@@ -219,6 +230,19 @@ class EngineLoop:
             self._dead = error
         finally:
             self._end_all()
+
+    def _gives_way(self) -> bool:
+        """Whether another engine has the machine for now; a moment has passed then."""
+        if self.give_way is None or time.perf_counter() - self._last_step > LONGEST_WAY_S or not self.give_way():
+            return False
+        with self._wake:
+            self._wake.wait(0.002)
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to compute. A look from outside."""
+        return bool(self._pending_adds) or self._scheduler.has_unfinished()
 
     def _run_commands(self) -> None:
         """One at a time off the queue: should one fail, those behind it are still there to be ended."""
@@ -262,6 +286,7 @@ class EngineLoop:
             else:
                 result = self._runner.run(output)
                 self._charge(output, started)
+                self._pace(output.num_tokens, time.perf_counter() - started)
                 events = self._scheduler.update(output, result)
         except Exception as error:
             logger.exception("a step failed")
@@ -276,6 +301,13 @@ class EngineLoop:
             self._deliver(event)
         self.num_steps += 1
         self.step_seconds += time.perf_counter() - started
+
+    def _pace(self, tokens: int, seconds: float) -> None:
+        """How many tokens a step of background work may have."""
+        if tokens >= RATE_TOKENS:
+            rate = tokens / seconds
+            self._rate = rate if self._rate is None else 0.7 * self._rate + 0.3 * rate
+            self._scheduler.background_tokens = max(RATE_TOKENS, int(self._rate * BACKGROUND_STEP_S))
 
     def _launch(self, runner: LaunchingRunner, output: SchedulerOutput) -> list[Event]:
         """Begin a step and, while the device works, hand over what the one before brought.

@@ -62,6 +62,15 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def background_tokens(self) -> int:
+        """About how many tokens a step with background prefill may have; see `StepPlanner`."""
+        return self._planner.background_tokens
+
+    @background_tokens.setter
+    def background_tokens(self, tokens: int) -> None:
+        self._planner.background_tokens = min(tokens, self.config.max_num_batched_tokens)
+
     def has_unfinished(self) -> bool:
         """Whether `schedule` has anything to do or to report."""
         return bool(self._live or self._ended)

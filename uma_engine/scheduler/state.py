@@ -37,6 +37,7 @@ class RequestState:
         "last_step",
         "open_chunk",
         "order",
+        "passed_over",
         "phase",
         "ready",
         "request",
@@ -50,6 +51,7 @@ class RequestState:
         self.phase = Phase.WAITING
         self.decoding = False  # GENERATE with its prefill done
         self.served_tokens = 0  # prefill tokens so far, for dividing the budget; see StepPlanner
+        self.passed_over = 0  # steps in which a background request had work and got nothing
         self.last_step = -1  # the last step with a chunk of this request
         self.ended_as: FinishReason | None = None  # ended while its step was in flight: takes effect at update
         self.open_chunk: ScheduledChunk | None = None  # of this step, ends before its segment does

@@ -14,12 +14,16 @@ from uma_engine.scheduler.state import Phase, RequestState
 
 __all__ = ["StepPlanner"]
 
+PATIENCE = 16  # steps
+
 
 class StepPlanner:
     """Plans steps over the requests in `running` and `waiting`, which it shares with the Scheduler.
 
     Order in a step: one token for each decoding request; then prefill. Prefill's share of the budget is first divided
-    equally among the requests that have work, least served first, and what is left goes to the earliest arrival.
+    equally among the requests that have work, least served first, and what is left goes to the earliest arrival. Background requests
+    come after all others, and a step with their prefill has about `background_tokens` at most: who arrives next waits for no
+    more. One that was passed over for `PATIENCE` steps counts as any other in the next.
 
     The earliest request always gets on: it may take the blocks of all others, and alone it fits the pool.
     """
@@ -31,6 +35,9 @@ class StepPlanner:
         self.counters = counters
         self.waiting = RequestQueue()
         self.running: list[RequestState] = []  # in order of arrival
+        self.background_tokens = (
+            config.max_num_batched_tokens
+        )  # changed between steps by who measures how long they take
         self.step = 0  # number of the step planned last
         self._least_served = 0  # where a newcomer's `served_tokens` begins: neither ahead of nor behind the others
         # of the step being planned
@@ -109,15 +116,29 @@ class StepPlanner:
         active = [state for state in self.running if state.ready]
         if not active or self._tokens_left <= 0:
             return
-        share = max(1, self._tokens_left // len(active))
-        by_service = sorted(active, key=lambda state: state.served_tokens)
-        self._least_served = by_service[0].served_tokens
-        for state in by_service:
-            if state.phase is Phase.RUNNING:
+        self._least_served = min(state.served_tokens for state in active)
+        last = [state for state in active if state.request.background and state.passed_over < PATIENCE]
+        self._divide([state for state in active if state not in last] if last else active, self._tokens_left)
+        if last:
+            self._divide(last, self.background_tokens - (self.config.max_num_batched_tokens - self._tokens_left))
+            for state in last:
+                state.passed_over = 0 if state.last_step == self.step else state.passed_over + 1
+        for state in active:
+            if state.passed_over >= PATIENCE and state.last_step == self.step:
+                state.passed_over = 0
+
+    def _divide(self, active: list[RequestState], tokens: int) -> None:
+        """Prefill of these requests, together about `tokens` of what is left in the step."""
+        end = self._tokens_left - tokens
+        if not active or tokens <= 0:
+            return
+        share = max(1, tokens // len(active))
+        for state in sorted(active, key=lambda state: state.served_tokens):
+            if state.phase is Phase.RUNNING and self._tokens_left > end:
                 self._fill(state, share)
         for state in active:
-            if state.phase is Phase.RUNNING:
-                self._fill(state, self._tokens_left)
+            if state.phase is Phase.RUNNING and self._tokens_left > end:
+                self._fill(state, self._tokens_left - end)
 
     def _fill(self, state: RequestState, quota: int) -> None:
         """Schedule prefill of one request until it has `quota` tokens more, or the last piece goes a little beyond."""

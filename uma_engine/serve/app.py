@@ -10,7 +10,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -19,6 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from uma_engine.core import background
 from uma_engine.errors import (
     DeadlineExceeded,
     EngineUnavailable,
@@ -39,7 +40,7 @@ from uma_engine.serve.shapes import NamedRequest
 
 if TYPE_CHECKING:
     from uma_engine.tasks.api import AsyncEngine
-    from uma_engine.tasks.results import Usage
+    from uma_engine.tasks.results import RankAnswer, Usage
 
 __all__ = [
     "CREATED",
@@ -88,6 +89,7 @@ class Context:
         self.metrics = metrics
         self.id = request.headers.get("x-request-id", "")[:64] or secrets.token_hex(8)
         self.tenant = ""
+        self.batch = False
         told = request.headers.get(CREATED, "") if settings.behind_front_end else ""
         self.created = int(told) if told.isdigit() else int(time.time())
 
@@ -98,9 +100,14 @@ class Context:
             raise InvalidRequest(
                 f"the header `{PRIORITY}` is `{wanted:.20}` but must be interactive or batch", param=PRIORITY
             )
+        self.batch = wanted == "batch"
         self._prefetch(body)
         cost = len(body) / BYTES_A_TOKEN
-        self.ticket = await self.admission.enter(self.tenant, cost, self.settings.deadline_s, wanted == "batch")
+        self.ticket = await self.admission.enter(self.tenant, cost, self.settings.deadline_s, self.batch)
+
+    def priority(self) -> contextlib.AbstractContextManager[None]:
+        """What the engine is asked inside has this request's priority."""
+        return background() if self.batch else contextlib.nullcontext()
 
     def _prefetch(self, body: bytes) -> None:
         """Begin to load what the request will ask for: it has to wait here anyway. What is wrong shows when it is asked for."""
@@ -125,6 +132,12 @@ class Context:
         self.metrics.used(usage)
         if self.ticket is not None:
             self.ticket.used(usage.computed_tokens + usage.output_tokens)
+
+    def remember(self, query: str, texts: Sequence[str], answer: RankAnswer | None = None, plain: bool = False) -> None:
+        """For a base that comes after this one. `plain`: the answer is what job and candidates alone make it."""
+        scores = [r.score for r in answer.all_results] if answer is not None and plain else None
+        number = 0 if self.lease is None else self.lease.number
+        self.generations.remember(query, texts, number, scores if scores and len(scores) == len(texts) else None)
 
     async def hold(self) -> None:
         """Take the current generation for as long as the answer lasts."""
@@ -267,7 +280,8 @@ async def _answered(context: Context, handler: Handler, scope: Scope, body: byte
     if scope == "rank" and context.request.method == "POST":  # the others cost the engine nothing
         await context.wait(body)
     await context.hold()
-    return await handler(context, body)
+    with context.priority():
+        return await handler(context, body)
 
 
 class _Held(Response):
@@ -280,7 +294,8 @@ class _Held(Response):
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         try:
-            await self.stream(scope, receive, send)
+            with self.context.priority():  # the parts of a stream are asked for while it is sent
+                await self.stream(scope, receive, send)
         finally:
             self.context.release()
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from uma_engine.core import background
 from uma_engine.errors import InvalidRequest, InvariantViolation, UmaError
 from uma_engine.ranking.agreement import kendall_tau
 
@@ -31,6 +32,7 @@ __all__ = ["Busy", "Generation", "Generations", "Lease", "Make", "SwapPlan"]
 
 logger = logging.getLogger("uma_engine.serve")
 SHADOWED = 16  # questions that are remembered, each with so many candidates at most
+SHADOW_S = 5.0  # after which no more of them are asked
 JOB = "We need a developer who knows Rust and PostgreSQL."
 PEOPLE = ("Ten years of Rust and databases.", "A careful nurse.", "Paints walls and fixes roofs.")
 CANARY_FAILURES = 3  # before a canary's rate means anything
@@ -80,12 +82,23 @@ class Generation:
         }
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A question lately, and what a generation said to it, where it was asked as the next one will be."""
+
+    query: str
+    texts: tuple[str, ...]
+    generation: int
+    scores: tuple[float, ...] | None
+
+
 class Lease:
     """A request's hold on a generation. `release` may be called again."""
 
     def __init__(self, generation: Generation) -> None:
         self._generation: Generation | None = generation
         self.engine = generation.engine
+        self.number = generation.number
         generation.held += 1
         generation.idle.clear()
 
@@ -124,7 +137,7 @@ class Generations:
         self._open.set()
         self._task: asyncio.Task[None] | None = None
         self._report: dict[str, Any] = {"phase": "idle"}
-        self._asked: deque[tuple[str, tuple[str, ...]]] = deque(maxlen=SHADOWED)
+        self._asked: deque[_Asked] = deque(maxlen=SHADOWED)
         self.num_swaps = 0
         self._closing: set[asyncio.Future[None]] = set()
         self._embedder: asyncio.Task[Embedder] | None = None
@@ -178,9 +191,13 @@ class Generations:
             self._embedder = asyncio.create_task(asyncio.to_thread(lambda: Embedder(cache=False)))
         return await asyncio.shield(self._embedder)
 
-    def remember(self, query: str, texts: Sequence[str]) -> None:
-        """What was asked: a new base is asked the same before it takes over. In memory alone."""
-        self._asked.append((query, tuple(texts[:SHADOWED])))
+    def remember(
+        self, query: str, texts: Sequence[str], generation: int = 0, scores: Sequence[float] | None = None
+    ) -> None:
+        """What was asked: a new base is asked the same before it takes over. `scores`: of a plain ranking by `generation`. In memory
+        alone."""
+        known = None if scores is None else tuple(scores[:SHADOWED])
+        self._asked.append(_Asked(query, tuple(texts[:SHADOWED]), generation, known))
 
     def status(self) -> dict[str, Any]:
         return {
@@ -270,11 +287,15 @@ class Generations:
                 await self._retire(old)
             self._phase("loading")
             fresh = await self._loaded(plan)
-            self._phase("testing")
-            await self._tested(fresh)
             if not plan.exclusive:
-                self._phase("shadowing")
-                self._report["shadow"] = await self._shadowed(old.engine, fresh)
+                fresh.give_way(old.engine)
+            with background():
+                self._phase("testing")
+                await self._tested(fresh)
+                if not plan.exclusive:
+                    self._phase("shadowing")
+                    self._report["shadow"] = await self._shadowed(old, fresh)
+            fresh.give_way(None)
             if plan.canary is not None:
                 self.canary = Generation(old.number + 1, fresh, plan)
                 self._phase("canary")
@@ -319,13 +340,21 @@ class Generations:
             if alone.all_results[0].logits != together.all_results[1].logits:
                 raise InvariantViolation("the new base gives a candidate another score in company than alone")
 
-    async def _shadowed(self, old: AsyncEngine, fresh: AsyncEngine) -> dict[str, Any]:
-        """How much the order of what was asked lately changes."""
+    async def _shadowed(self, old: Generation, fresh: AsyncEngine) -> dict[str, Any]:
+        """How much the order of what was asked lately changes, by as many questions as `SHADOW_S` allows, the latest first."""
         taus: list[float] = []
-        for query, texts in list(self._asked):
+        began = time.perf_counter()
+        for asked in reversed(list(self._asked)):
+            if taus and time.perf_counter() - began > SHADOW_S:
+                break
             with contextlib.suppress(UmaError):  # too long for the new base, say: that is not the swap's affair
-                before, after = await asyncio.gather(old.rank(query, texts), fresh.rank(query, texts))
-                taus.append(kendall_tau([r.score for r in before.all_results], [r.score for r in after.all_results]))
+                after = await fresh.rank(asked.query, asked.texts)
+                before: Sequence[float]
+                if asked.scores is not None and asked.generation == old.number:
+                    before = asked.scores
+                else:
+                    before = [r.score for r in (await old.engine.rank(asked.query, asked.texts)).all_results]
+                taus.append(kendall_tau(before, [r.score for r in after.all_results]))
         return {"questions": len(taus), "kendall_tau": round(sum(taus) / len(taus), 4) if taus else None}
 
     async def _retire(self, generation: Generation) -> None:

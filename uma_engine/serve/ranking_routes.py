@@ -17,7 +17,7 @@ from uma_engine.core import Candidate
 from uma_engine.errors import InvalidRequest
 from uma_engine.ranking.assessment import sentence_dict
 from uma_engine.serve.app import Context, answer_json, events
-from uma_engine.serve.shapes import RankRequest, RerankRequest, ScoreRequest, decode
+from uma_engine.serve.shapes import RankCandidate, RankRequest, RerankRequest, ScoreRequest, decode
 from uma_engine.tasks.results import RankAnswer, RankResult
 
 __all__ = ["ROUTES"]
@@ -39,15 +39,34 @@ async def rank(context: Context, body: bytes) -> Response:
     options["deadline"] = context.deadline(asked.deadline)
     if asked.labels is not None:
         options["labels"] = asked.labels
-    context.generations.remember(asked.query, [p.text for p in people])
+    texts = [p.text for p in people]
     if not asked.stream:
         options |= {"cascade": asked.cascade, "budget": asked.budget}
         answer = await context.engine.rank(asked.query, people, **options)
         context.used(answer.usage)
+        context.remember(asked.query, texts, answer, _is_plain(asked) and adapter is None)
         return answer_json({"id": context.id, **answer.to_dict()})
+    context.remember(asked.query, texts)
     if asked.cascade is not None:
         raise InvalidRequest("`stream` and `cascade` are given", hint="ask for one of them", param="stream")
     return events(_rank_events(context, asked.query, people, options))
+
+
+def _is_plain(asked: RankRequest) -> bool:
+    """Whether a ranking is what job and candidates alone make it."""
+    told = (
+        asked.adapter,
+        asked.instruction,
+        asked.labels,
+        asked.max_tokens_per_candidate,
+        asked.surface,
+        asked.cascade,
+    )
+    return (
+        all(value is None for value in told)
+        and not asked.deliberate
+        and not any(isinstance(c, RankCandidate) and c.prior for c in asked.candidates)
+    )
 
 
 async def _rank_events(
@@ -88,7 +107,6 @@ async def _rerank(context: Context, asked: RerankRequest, version: int) -> Respo
     limit = asked.max_tokens_per_doc
     if version == 2 and limit is None:
         limit = DEFAULT_CUT
-    context.generations.remember(asked.query, texts)
     answer = await context.engine.rank(
         asked.query,
         [Candidate(str(i), text) for i, text in enumerate(texts)],
@@ -99,6 +117,7 @@ async def _rerank(context: Context, asked: RerankRequest, version: int) -> Respo
         tenant=context.tenant,
     )
     context.used(answer.usage)
+    context.remember(asked.query, texts, answer, adapter is None and limit is None)
     if not (asked.truncate and asked.truncation) and any(r.truncated_tokens for r in answer.all_results):
         raise InvalidRequest("a document is longer than the model's context and may not be cut", param="documents")
     return answer_json(_reranked(context, asked, answer, texts, model, version))

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from uma_engine.adapters import AdapterInfo, Known
     from uma_engine.catalog.tokenizer import Tokenizer
     from uma_engine.decision_log import DecisionLog
+    from uma_engine.engine import EngineLoop
 
 __all__ = ["EngineBase"]
 
@@ -66,6 +67,11 @@ ZERO_SHOT = (
     "zero-shot: no adapter was used and `{model}` is not known to be tuned for ranking; "
     "these scores show that the engine runs, they are not advice about people"
 )
+
+
+def _is_busy(loop: weakref.ref[EngineLoop]) -> bool:
+    found = loop()
+    return found is not None and not found.closed and found.busy
 
 
 class EngineBase:
@@ -193,6 +199,10 @@ class EngineBase:
     @property
     def closed(self) -> bool:
         return self._stack.loop.closed
+
+    def give_way(self, to: EngineBase | None) -> None:
+        """Compute only while `to`, an engine of this process, has nothing to do, but a step a second. None: as ever."""
+        self._stack.loop.give_way = None if to is None else functools.partial(_is_busy, weakref.ref(to._stack.loop))
 
     def counters(self) -> dict[str, float]:
         """What goes on now: requests running and waiting, `kv_cache_usage_perc` from 0 to 1, adapters in slots; and so far: `num_steps`,

@@ -119,7 +119,7 @@ async def open_loop(
     return await asyncio.gather(*tasks)
 
 
-async def capacity(client: Any, seconds: float = 8.0) -> tuple[float, float]:
+async def capacity(client: Any, seconds: float = 15.0) -> tuple[float, float]:
     """(requests a second of a closed loop of eight, the median seconds of one that is alone)"""
     rng = random.Random(99)
     alone = []
@@ -293,12 +293,15 @@ async def swaps(args: argparse.Namespace) -> None:
     pauses: list[float] = []
     quiet: dict[str, list[float]] = {}
     rates: dict[str, float] = {}
+    phases: dict[str, list[float]] = {}
     async with served("--model", args.models[0], "--front-ends", "1") as client:
 
         async def swap(model: str) -> float:
             began = time.perf_counter()
-            told = await client.post("/admin/swap", json={"model": model, "wait": True})
-            assert told.json()["swap"]["phase"] == "done", told.text
+            told = (await client.post("/admin/swap", json={"model": model, "wait": True})).json()["swap"]
+            assert told["phase"] == "done", told
+            for phase, seconds in told["took"].items():
+                phases.setdefault(phase, []).append(seconds)
             return time.perf_counter() - began
 
         for model in [*args.models[1:], args.models[0]]:  # each base by itself; the caches are filled by the way
@@ -345,7 +348,8 @@ async def swaps(args: argparse.Namespace) -> None:
     keep(args, {
         "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "share": args.share,
         "failed": len(failed), "checked": min(args.checked, len(answers)), "of_another_base": wrong,
-        "swap_s_p50": round(quantiles(pauses)[1], 2), "by_base": by_base,
+        "swap_s_p50": round(quantiles(pauses)[1], 2),
+        "phase_s_p50": {phase: round(quantiles(found)[1], 2) for phase, found in phases.items()}, "by_base": by_base,
     })  # fmt: skip
 
 

@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on_to_the_same_adapter(recipe_file, tmp_path):
     again = train(Recipe.load(recipe_file), tmp_path / "killed", say=said.append)
     assert any("going on at step" in line for line in said)
     assert again.digest == whole.digest
-    assert (again.best_ndcg, again.best_step, again.steps) == (whole.best_ndcg, whole.best_step, whole.steps)
+    assert (again.best, again.best_step, again.steps) == (whole.best, whole.best_step, whole.steps)
 
 
 def test_what_is_served_is_what_was_trained(base, recipe_file, tmp_path):

@@ -1,4 +1,4 @@
-"""`uma data build`: judged jobs from public occupation data. `uma data human`: judged replies from people's marks."""
+"""`uma data`: judged jobs from public data or made to a plan, replies that people marked, requirements in posts that they marked."""
 
 from __future__ import annotations
 
@@ -46,6 +46,24 @@ def human(args: argparse.Namespace) -> int:
     for of, found in agreement(conversations).items():
         write_line(
             f"{of}: Krippendorff's alpha {found['alpha']:.3f} over {found['replies']:.0f} replies with {found['marks']:.0f} marks"
+        )
+    return 0
+
+
+def requirements(args: argparse.Namespace) -> int:
+    from uma_engine.train.chat import write_chats
+    from uma_engine.train.requirements import read_skillspan, to_chats
+
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "dev", "test"):
+        sentences = read_skillspan(Path(args.directory) / f"{split}.json")
+        # Two of three sentences ask for nothing: half of them teach that as well.
+        chats = to_chats(sentences, 0.5 if split == "train" else 1.0)
+        write_chats(out / f"{split}.jsonl", chats)
+        write_line(
+            f"{split:5} {len(chats)} sentences of {len({s.post for s in sentences})} posts,"
+            f" {sum(len(s.spans) for s in sentences)} requirements"
         )
     return 0
 

@@ -252,6 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     human.add_argument("--quality", default="content", metavar="NAME", help="the mark that grades (default: content)")
     human.add_argument("--out", required=True, metavar="DIR", help="receives train, dev and test.jsonl, by dialogue")
     human.set_defaults(run=_lazy("data", "human"))
+    requirements = actions.add_parser(
+        "requirements", help="conversations about which requirements a sentence states, from SkillSpan's marked posts"
+    )
+    requirements.add_argument("directory", metavar="DIR", help="holds SkillSpan's train, dev and test.json")
+    requirements.add_argument("--out", required=True, metavar="DIR", help="receives train, dev and test.jsonl")
+    requirements.set_defaults(run=_lazy("data", "requirements"))
     build = actions.add_parser("build", help="judged jobs from O*NET, ESCO and their crosswalk, split by major group")
     build.add_argument("--source", required=True, metavar="DIR", help="holds esco-onet-crosswalk/ and onet-29.2/")
     build.add_argument(

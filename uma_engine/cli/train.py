@@ -16,5 +16,5 @@ def run(args: argparse.Namespace) -> int:
     made = train(recipe, args.out, say=lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
     early = ", stopped early" if made.stopped_early else ""
     write_line(f"adapter {made.digest} in {made.directory}")
-    write_line(f"dev nDCG@10 {made.best_ndcg:.4f} at step {made.best_step} of {made.steps}{early}")
+    write_line(f"dev {made.measure} {made.best:.4f} at step {made.best_step} of {made.steps}{early}")
     return 0

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["Busy", "Generation", "Generations", "Lease", "Make", "SwapPlan"]
 
 logger = logging.getLogger("uma_engine.serve")
-SHADOWED = 16  # questions that are remembered, each with so many candidates at most
+SHADOWED = 16  # questions that are remembered
+SHADOW_CANDIDATES = 8  # of each
 SHADOW_S = 5.0  # after which no more of them are asked
 JOB = "We need a developer who knows Rust and PostgreSQL."
 PEOPLE = ("Ten years of Rust and databases.", "A careful nurse.", "Paints walls and fixes roofs.")
@@ -139,6 +140,7 @@ class Generations:
         self._report: dict[str, Any] = {"phase": "idle"}
         self._asked: deque[_Asked] = deque(maxlen=SHADOWED)
         self.num_swaps = 0
+        self._phase_began = 0.0
         self._closing: set[asyncio.Future[None]] = set()
         self._embedder: asyncio.Task[Embedder] | None = None
 
@@ -196,8 +198,8 @@ class Generations:
     ) -> None:
         """What was asked: a new base is asked the same before it takes over. `scores`: of a plain ranking by `generation`. In memory
         alone."""
-        known = None if scores is None else tuple(scores[:SHADOWED])
-        self._asked.append(_Asked(query, tuple(texts[:SHADOWED]), generation, known))
+        known = None if scores is None else tuple(scores[:SHADOW_CANDIDATES])
+        self._asked.append(_Asked(query, tuple(texts[:SHADOW_CANDIDATES]), generation, known))
 
     def status(self) -> dict[str, Any]:
         return {
@@ -274,11 +276,12 @@ class Generations:
     # ---- a swap ----
 
     async def _swap(self, plan: SwapPlan) -> None:
-        began = time.perf_counter()
+        began = self._phase_began = time.perf_counter()
         fresh: AsyncEngine | None = None
         old = self.current
         try:
             if self.previous is not None:  # its memory is needed
+                self._phase("retiring")
                 await self._retire(self.previous)
                 self.previous = None
             if plan.exclusive:
@@ -319,7 +322,12 @@ class Generations:
             self._report["seconds"] = round(time.perf_counter() - began, 3)
 
     def _phase(self, name: str) -> None:
-        self._report["phase"] = name
+        """The report's phase from now on; how long the one before took is kept in it."""
+        now, took = time.perf_counter(), self._report.setdefault("took", {})
+        before = self._report["phase"]
+        if self._phase_began:
+            took[before] = round(took.get(before, 0.0) + now - self._phase_began, 3)
+        self._report["phase"], self._phase_began = name, now
 
     async def _loaded(self, plan: SwapPlan) -> AsyncEngine:
         assert self._make is not None

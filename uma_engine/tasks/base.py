@@ -146,7 +146,7 @@ class EngineBase:
     def chat_tokens(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of messages, each with `role` (system, user, assistant) and `content`, in the base's chat template, up to where an
         answer begins. No content can bring control tokens. Errors: InvalidRequest"""
-        return chat_ids(self._stack, messages)
+        return chat_ids(self._stack.tokenizer, self._stack.template, messages)
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text: no special tokens are added, and none can come out of the text itself."""
@@ -485,7 +485,7 @@ class EngineBase:
             if isinstance(prompt, str):
                 prompt = check_text(f"prompts[{index}]", prompt)
                 ids = self._stack.check_tokens(
-                    chat_ids(self._stack, [{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
+                    self.chat_tokens([{"role": "user", "content": prompt}]) if chat else tokenizer.encode(prompt)
                 )
                 if tokenizer.adds_bos and tokenizer.bos_id is not None and not chat:
                     ids = [tokenizer.bos_id, *ids]

@@ -20,7 +20,8 @@ from uma_engine.tasks.calls import started_future
 from uma_engine.tasks.results import CompletionChunk
 
 if TYPE_CHECKING:
-    from uma_engine.tasks.stack import Stack
+    from uma_engine.catalog.chat_template import ChatTemplate
+    from uma_engine.catalog.tokenizer import Tokenizer
 
 __all__ = ["TextAssembler", "TextSink", "chat_ids", "with_seed"]
 
@@ -124,7 +125,7 @@ def with_seed(params: SamplingParams, base: int, ids: list[int], index: int) -> 
     return replace(params, seed=int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 1)
 
 
-def chat_ids(stack: Stack, messages: Sequence[Mapping[str, str]]) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of messages in the base's template. Contents pass by the template, not through it, and hold no control tokens.
 
     Errors:  InvalidRequest for what are no messages, or an order that the template refuses
@@ -145,6 +146,6 @@ def chat_ids(stack: Stack, messages: Sequence[Mapping[str, str]]) -> list[int]:
         contents[name] = content
         shown.append({"role": role, "content": marks[name]})
     ids: list[int] = []
-    for piece in split_template(stack.tokenizer, stack.template, shown, marks):
-        ids += stack.tokenizer.encode(contents[piece.name]) if isinstance(piece, FieldPiece) else piece.token_ids
+    for piece in split_template(tokenizer, template, shown, marks):
+        ids += tokenizer.encode(contents[piece.name]) if isinstance(piece, FieldPiece) else piece.token_ids
     return ids

@@ -31,6 +31,7 @@ from uma_engine.ranking.surface import DEFAULT_PROBE
 
 __all__ = ["Evaluation", "LoRA", "Loss", "Optimizer", "Recipe", "Sampling"]
 
+TASKS = ("rank", "chat")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -60,7 +61,7 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with linear warm-up and a cosine to a tenth. `jobs_per_step` gradients are accumulated into one step."""
+    """AdamW with linear warm-up and a cosine to a tenth. The gradients of `jobs_per_step` jobs, or turns of a chat, make one step."""
 
     learning_rate: float = 2e-4
     weight_decay: float = 0.0
@@ -78,12 +79,14 @@ class Sampling:
     candidates_per_job: int = 16
     max_candidate_tokens: int = 64
     max_job_tokens: int = 256
+    max_chat_tokens: int = 512  # of a conversation; longer ones are left out
+    chats_per_row: int = 8  # that are computed together
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """nDCG@10 on `jobs` of the dev jobs, spread over them, every `every` steps, by the engine itself; training stops after `patience`
-    without a better one."""
+    """nDCG@10 on `jobs` of the dev jobs, spread over them, every `every` steps, by the engine itself (of chats: the loss of a token, on
+    `jobs` of the conversations); training stops after `patience` without a better one."""
 
     every: int = 100
     jobs: int | None = None
@@ -93,12 +96,14 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run. `precision`: "float32", or "bfloat16" for the matrix products of the forward and backward pass."""
+    """A training run. `task`: "rank" learns from judged jobs (`groups`), "chat" from conversations (`chat`). `precision`: "float32", or
+    "bfloat16" for the matrix products of the forward and backward pass."""
 
     name: str
     base: str
     train: str
     dev: str
+    task: str = "rank"
     instruction: str | None = None
     probe: str = DEFAULT_PROBE
     labels: tuple[str, ...] = ("yes", "no")
@@ -131,6 +136,7 @@ class Recipe:
     def __post_init__(self) -> None:
         checks: tuple[tuple[str, Any, bool, str], ...] = (
             ("name", self.name, bool(self.name.strip()) and "/" not in self.name, "a name without `/`"),
+            ("task", self.task, self.task in TASKS, "rank or chat"),
             ("labels", self.labels, len(self.labels) == 2, "two words: right, wrong"),
             ("device", self.device, self.device in ("cpu", "cuda"), "cpu or cuda"),
             ("precision", self.precision, self.precision in ("float32", "bfloat16"), "float32 or bfloat16"),
@@ -149,6 +155,8 @@ class Recipe:
             "optimizer.jobs_per_step": self.optimizer.jobs_per_step,
             "sampling.max_candidate_tokens": self.sampling.max_candidate_tokens,
             "sampling.max_job_tokens": self.sampling.max_job_tokens,
+            "sampling.max_chat_tokens": self.sampling.max_chat_tokens,
+            "sampling.chats_per_row": self.sampling.chats_per_row,
             "evaluation.every": self.evaluation.every,
             "evaluation.patience": self.evaluation.patience,
         }

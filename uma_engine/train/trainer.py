@@ -1,6 +1,6 @@
 """The training loop: recipe and data in, an adapter directory out; a killed run goes on where it was, to the same bytes.
 
-Knows steps, schedules, checkpoints, early stopping; does not know how prompts are built (`prompts`) or what a model is inside.
+Knows steps, schedules, checkpoints, early stopping; does not know what is learned (`objectives`) or what a model is inside.
 One run, one thread. Same recipe, data, machine and number of threads: same digest.
 """
 
@@ -10,19 +10,16 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from uma_engine.errors import InvalidRequest, MissingPackage
 from uma_engine.train.artifact import adapter_digest, curves_svg, save_adapter, write_json
-from uma_engine.train.groups import Group, file_digest, read_groups, spread
-from uma_engine.train.prompts import JobPrompts
+from uma_engine.train.groups import file_digest
+from uma_engine.train.objectives import data_names, objective_of
 from uma_engine.train.recipe import Recipe
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["Trained", "train"]
 
@@ -33,11 +30,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a run. `best_ndcg` at `best_step` is the dev measure that chose the adapter; a choice was made on it."""
+    """What came of a run. `best` at `best_step` is the dev measure, by name `measure`, that chose the adapter: no estimate of quality."""
 
     directory: Path
     digest: str
-    best_ndcg: float
+    best: float
+    measure: str
     best_step: int
     steps: int
     stopped_early: bool
@@ -46,9 +44,9 @@ class Trained:
 def train(recipe: Recipe, out: str | Path, *, say: Say = lambda line: None) -> Trained:
     """Run a recipe. `say` is told of progress, a line at a time.
 
-    Semantics:  LoRA on a frozen base; each step sees `jobs_per_step` jobs, each with candidates drawn from (seed, epoch, job); every
-                `evaluation.every` steps the adapter is saved, loaded by the engine, and its nDCG@10 on the dev jobs decides whether
-                it is the best so far. `out` receives the best one.
+    Semantics:  LoRA on a frozen base; each step sees `jobs_per_step` jobs, each with candidates drawn from (seed, epoch, job), or so many
+                turns of conversations; every `evaluation.every` steps the adapter is saved and the dev measure (nDCG@10 through the engine
+                that serves it; of chats the loss of a token) decides whether it is the best so far. `out` receives the best one.
     Errors:     InvalidRequest (recipe, data, an `out` of another recipe), MissingPackage without the extra `train`
     """
     try:
@@ -68,17 +66,10 @@ class _Run:
         from uma_engine.catalog import open_model, resolve
 
         self.recipe, self.out, self.say = recipe, out, say
-        self.train_groups, self.dev_groups = read_groups(recipe.train), read_groups(recipe.dev)
-        both = {g.id for g in self.train_groups} & {g.id for g in self.dev_groups}
-        if both:
-            raise InvalidRequest(f"job `{min(both)}` is in the training and in the dev data", param="dev")
-        if recipe.evaluation.jobs is not None:
-            self.dev_groups = spread(self.dev_groups, recipe.evaluation.jobs)
-        self.max_grade = max(c.grade for g in self.train_groups for c in g.candidates) or 1
         self.threads = recipe.threads or torch.get_num_threads()
         files = open_model(resolve(recipe.base))
         self.base_digest = files.digest
-        self.prompts = JobPrompts(files, recipe)
+        self.objective = objective_of(recipe, files)
         self.identity = {
             "recipe": recipe.digest,
             "base": files.digest,
@@ -88,13 +79,13 @@ class _Run:
         }
         self.files = files
         optimizer = recipe.optimizer
-        self.steps_per_epoch = -(-len(self.train_groups) // optimizer.jobs_per_step)
+        self.steps_per_epoch = -(-len(self.objective.examples) // optimizer.jobs_per_step)
         self.total = self.steps_per_epoch * optimizer.epochs
         if optimizer.max_steps is not None:
             self.total = min(self.total, optimizer.max_steps)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self.best = {"ndcg": -1.0, "step": -1, "since": 0}
+        self.best: dict[str, Any] = {"value": None, "step": -1, "since": 0}
 
     def go(self) -> Trained:
         import torch
@@ -121,9 +112,13 @@ class _Run:
                 if due or self.step % 10 == 0:
                     pace = (time.perf_counter() - began) / (self.step - first)
                     left = pace * (self.total - self.step)
+                    best = (
+                        ""
+                        if self.best["value"] is None
+                        else f"  best {self.objective.measure} {self.best['value']:.4f}"
+                    )
                     self.say(
-                        f"step {self.step}/{self.total}  loss {losses:.4f}  best nDCG@10 {max(0.0, self.best['ndcg']):.4f}"
-                        f"  {pace:.2f} s a step, {left / 60:.0f} min left"
+                        f"step {self.step}/{self.total}  loss {losses:.4f}{best}  {pace:.2f} s a step, {left / 60:.0f} min left"
                     )
             return self._finish()
         finally:
@@ -179,77 +174,57 @@ class _Run:
         share = (step - warm) / max(1, self.total - warm)
         return o.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
 
-    def _jobs(self, step: int) -> Iterator[tuple[Group, int]]:
-        """The jobs of a step with the seed of their draw: a function of the step alone."""
+    def _examples(self, step: int) -> tuple[list[Any], int]:
+        """The examples of a step with the seed of their draw: a function of the step alone."""
         import random
 
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = list(range(len(self.train_groups)))
+        examples = self.objective.examples
+        order = list(range(len(examples)))
         random.Random(f"{self.recipe.seed}:{epoch}").shuffle(order)
         n = self.recipe.optimizer.jobs_per_step
-        for index in order[place * n : (place + 1) * n]:
-            yield self.train_groups[index], self.recipe.seed + epoch
+        return [examples[index] for index in order[place * n : (place + 1) * n]], self.recipe.seed + epoch
 
     def _one_step(self) -> float:
         import torch
 
-        recipe = self.recipe
         for settings in self.optimizer.param_groups:
             settings["lr"] = self._rate(self.step)
-        jobs = list(self._jobs(self.step))
         total = 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        for group, seed in jobs:
-            candidates = group.draw(recipe.sampling.candidates_per_job, seed)
-            loss = self._loss(group, candidates) / len(jobs)
+        for whose, loss in self.objective.losses(self.model, *self._examples(self.step)):
             if not torch.isfinite(loss):
                 raise InvalidRequest(
-                    f"the loss of job `{group.id}` is {float(loss)} at step {self.step}",
-                    hint="lower `optimizer.learning_rate`",
+                    f"the loss of {whose} is {float(loss)} at step {self.step}", hint="lower `optimizer.learning_rate`"
                 )
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.optimizer.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.optimizer.max_grad_norm)
         self.optimizer.step()
         return total
-
-    def _loss(self, group: Group, candidates: Any) -> Tensor:
-        import torch
-
-        from uma_engine.train.losses import job_loss
-        from uma_engine.train.tree_forward import label_logits
-
-        tree = self.prompts.tree(group.job, [c.text for c in candidates])
-        with torch.autocast(self.recipe.device, dtype=torch.bfloat16, enabled=self.recipe.precision == "bfloat16"):
-            logits = label_logits(self.model, tree, self.prompts.label_ids)
-        margins = logits[:, 0] - logits[:, 1]
-        grades = torch.tensor([c.grade for c in candidates], device=margins.device)
-        priors = torch.tensor([c.prior for c in candidates], device=margins.device)
-        return job_loss(margins.float() + self.recipe.loss.prior * priors, grades, self.recipe.loss, self.max_grade)
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """The adapter as it will be served: saved in 16 bits, loaded by the engine, and ranked with."""
-        from uma_engine.train.evaluate import rank_groups
-
-        recipe = self.recipe
+        """The adapter as it will be served: saved in 16 bits, and loaded by the engine where the measure asks it."""
         current = self.out / CHECKPOINT / "current"
-        save_adapter(self.model, current, recipe.base)
-        self.engine.load_adapter("current", current)
-        ranked = rank_groups(
-            self.engine, self.dev_groups, recipe, adapter="current", candidates=recipe.evaluation.candidates
-        )
-        value = sum(r.ndcg for r in ranked) / len(ranked)
-        self.history[-1]["dev_ndcg"] = value
-        if value > self.best["ndcg"]:
-            self.best = {"ndcg": value, "step": self.step, "since": 0}
-            best = self.out / CHECKPOINT / "best"
-            shutil.rmtree(best, ignore_errors=True)
-            shutil.copytree(current, best)
+        save_adapter(self.model, current, self.recipe.base)
+
+        def served() -> Any:
+            self.engine.load_adapter("current", current)
+            return self.engine
+
+        value = self.objective.dev(self.model, served)
+        self.history[-1]["dev"] = value
+        best = self.best["value"]
+        if best is None or (value > best if self.objective.higher else value < best):
+            self.best = {"value": value, "step": self.step, "since": 0}
+            kept = self.out / CHECKPOINT / "best"
+            shutil.rmtree(kept, ignore_errors=True)
+            shutil.copytree(current, kept)
         else:
             self.best["since"] += 1
-        self.say(f"step {self.step}: dev nDCG@10 {value:.4f} over {len(ranked)} jobs (best {self.best['ndcg']:.4f})")
+        self.say(f"step {self.step}: dev {self.objective.measure} {value:.4f} (best {self.best['value']:.4f})")
 
     def _finish(self) -> Trained:
         recipe, best = self.recipe, self.out / CHECKPOINT / "best"
@@ -258,7 +233,7 @@ class _Run:
         digest = adapter_digest(self.out)
         write_json(
             self.out / "recipe.json",
-            recipe.to_dict() | {"train": Path(recipe.train).name, "dev": Path(recipe.dev).name},
+            recipe.to_dict() | data_names(recipe),
         )
         write_json(
             self.out / "data_card.json",
@@ -268,13 +243,14 @@ class _Run:
                 "base": recipe.base,
                 "base_digest": self.base_digest,
                 "data": {k: self.identity[k] for k in ("train", "dev")},
-                "jobs": {"train": len(self.train_groups), "dev": len(self.dev_groups)},
-                "judged_candidates": sum(len(g.candidates) for g in self.train_groups),
+                **self.objective.card(),
                 "sources": list(recipe.sources),
                 "consent": recipe.consent,
                 "recipe_digest": recipe.digest,
                 "threads": self.threads,
-                "dev_ndcg_at_10": self.best["ndcg"],
+                "task": recipe.task,
+                "dev_measure": self.objective.measure,
+                "dev": self.best["value"],
                 "step": self.best["step"],
                 "note": "the dev measure chose this adapter: it is no estimate of quality on new jobs",
             },
@@ -282,9 +258,9 @@ class _Run:
         lines = "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in self.history)
         (self.out / "metrics.jsonl").write_text(lines, encoding="utf-8")
         losses = [(h["step"], h["loss"]) for h in self.history]
-        dev = [(h["step"], h["dev_ndcg"]) for h in self.history if "dev_ndcg" in h]
+        dev = [(h["step"], h["dev"]) for h in self.history if "dev" in h]
         (self.out / "curves.svg").write_text(
-            curves_svg(recipe.name, {"loss": losses, "dev nDCG@10": dev}), encoding="utf-8"
+            curves_svg(recipe.name, {"loss": losses, f"dev {self.objective.measure}": dev}), encoding="utf-8"
         )
         stopped = self.step < self.total
         done = (
@@ -293,7 +269,9 @@ class _Run:
         shutil.rmtree(done, ignore_errors=True)
         (self.out / CHECKPOINT).replace(done)
         shutil.rmtree(done, ignore_errors=True)
-        return Trained(self.out, digest, self.best["ndcg"], int(self.best["step"]), self.step, stopped)
+        return Trained(
+            self.out, digest, self.best["value"], self.objective.measure, int(self.best["step"]), self.step, stopped
+        )
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -264,8 +264,8 @@ def process(bases: list[Path], tmp_path: Path) -> Iterator[Any]:
     command += ["--keys", str(tmp_path / "keys"), "--state", str(tmp_path / "state.json")]
     running: list[subprocess.Popen[str]] = []
 
-    def start() -> str:
-        child = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    def start(*flags: str) -> str:
+        child = subprocess.Popen([*command, *flags], env=environment, stdout=subprocess.PIPE, text=True)
         running.append(child)
         assert child.stdout is not None
         found = re.search(r"http://[\d.]+:\d+", child.stdout.readline())
@@ -295,6 +295,39 @@ def test_a_restart_has_the_last_swaps_base(
     assert main(["swap", "--address", address, "start", str(bases[1].parent / "nowhere")]) == 1
     assert "failed" in capsys.readouterr().out
     assert main(["swap", "--address", address, "rollback"]) != 0
+
+
+def test_a_restart_has_the_adapters_their_other_names_and_what_is_pinned(
+    process: Any, bases: list[Path], tmp_path: Path
+) -> None:
+    start, running = process
+    for name in ("first", "second"):
+        make_tiny_adapter(tmp_path / "adapters" / name, seed=len(name))
+    with httpx.Client(base_url=start("--adapter-root", str(tmp_path / "adapters")), headers=HEADERS) as http:
+
+        def change(**body: Any) -> None:
+            assert http.post("/admin/adapters", json=body).status_code == 200
+
+        change(name="one", path="first", pinned=True)
+        change(name="two", path="second", load=False)
+        change(name="three", path="second", load=False)
+        for alias, name in (("fit", "one"), ("best", "one"), ("gone", "three"), ("best", "two")):
+            change(name=alias, alias_of=name)
+        assert http.delete("/admin/adapters/three").status_code == 200
+        assert http.delete("/admin/adapters/fit").status_code == 200
+        known = http.get("/v1/adapters").json()
+        said = http.post("/v1/rank", json={"query": QUERIES[0], "candidates": TEXTS, "adapter": "best"}).json()
+    running[-1].send_signal(signal.SIGKILL)
+    running[-1].wait()
+    with httpx.Client(base_url=start("--adapter-root", str(tmp_path / "adapters")), headers=HEADERS) as http:
+        assert http.get("/v1/adapters").json() == known == {"adapters": ["best", "one", "two"]}
+        assert {r["name"]: r["pinned"] for r in http.get("/admin/adapters").json()["adapters"]} == {
+            "one": True,
+            "two": False,
+        }
+        again = http.post("/v1/rank", json={"query": QUERIES[0], "candidates": TEXTS, "adapter": "best"}).json()
+        assert again["all_results"] == said["all_results"]
+        assert again["stack"]["adapter_digest"] == said["stack"]["adapter_digest"]
 
 
 def test_a_canary_answers_its_share_of_the_keys_and_always_the_same(

@@ -18,6 +18,7 @@ import ssl
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.register and args.adapter_root is None:
         raise InvalidRequest("`--register` is given without `--adapter-root`", param="register")
     settings = settings_of(args, keys)
-    model, _ = _started(args.model, settings.state_file)
+    model = _started(args.model, settings.state_file).model
     _tls(args.tls_cert, args.tls_key)
     if args.check:
         write_line(f"fine: {len(keys)} keys, {args.host}:{args.port}, model {model}")
@@ -85,13 +86,17 @@ def _tls(certificate: str | None, key: str | None) -> dict[str, str]:
     return {"ssl_certfile": certificate, "ssl_keyfile": key}
 
 
-def _started(model: str, state: Path | None) -> tuple[str, dict[str, str]]:
-    """The base and adapters to start with: those of the last swap where there was one."""
+def _started(model: str, state: Path | None) -> Any:
+    """The base and adapters to start with, a `SwapPlan`: those of the last swap where there was one."""
+    from uma_engine.serve.generations import SwapPlan
+
     if state is None or not state.exists():
-        return model, {}
+        return SwapPlan(model)
     try:
         kept = json.loads(state.read_text())
-        return str(kept["model"]), {str(n): str(p) for n, p in kept["adapters"].items()}
+        adapters = {str(n): Path(str(p)).absolute() for n, p in kept["adapters"].items()}
+        aliases = {str(a): str(n) for a, n in kept.get("aliases", {}).items()}
+        return SwapPlan(str(kept["model"]), adapters, aliases, frozenset(map(str, kept.get("pinned", ()))))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFile(f"the state `{state}` cannot be read: {error}", hint="delete it to start anew") from None
 
@@ -116,7 +121,6 @@ def settings_of(args: argparse.Namespace, keys: tuple[Any, ...]) -> Any:
 async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[tuple[Any, Any]]:
     """The engine and the application over it."""
     from uma_engine.serve import logs, make_app
-    from uma_engine.serve.generations import SwapPlan
     from uma_engine.serve.preparing import Opener
     from uma_engine.tasks.api import AsyncEngine
 
@@ -129,20 +133,20 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
         options["kv_cache_bytes"] = args.kv_cache_mb * 2**20
     if args.max_loras is not None:
         options["max_loras"] = args.max_loras
-    model, adapters = _started(args.model, settings.state_file)
+    plan = _started(args.model, settings.state_file)
+    model = plan.model
     if args.adapter:
-        adapters = {Path(args.adapter).resolve().name: args.adapter} | adapters
+        path = Path(args.adapter).resolve()
+        plan = replace(plan, adapters={path.name: path} | plan.adapters)
     with FetchProgress() as progress:
         engine = await asyncio.to_thread(lambda: AsyncEngine(model, progress=progress, max_lora_rank=256, **options))
 
     async with engine:
-        for name, path in adapters.items():
-            engine.register_adapter(name, path)
         if args.register:
             for path in sorted(settings.adapter_root.glob(args.register)):
                 if (path / "adapter_config.json").is_file() and not path.is_symlink():
                     engine.register_adapter(path.name, path)
-        plan = SwapPlan(model, {name: Path(path).absolute() for name, path in adapters.items()})
+        plan.register(engine)
         if args.otlp_endpoint:
             logs.trace_to(args.otlp_endpoint)
         gc.collect()

@@ -62,17 +62,18 @@ async def load_adapter(context: Context, body: bytes) -> Response:
         raise InvalidRequest("one of `path` and `alias_of` is needed", param="path")
     if asked.alias_of is not None:
         context.engine.alias_adapter(asked.name, asked.alias_of)
+        context.generations.keep_alias(asked.name, asked.alias_of)
         return answer_json({"name": asked.name, "alias_of": asked.alias_of})
     assert asked.path is not None
     path = _below(context, asked.path)
     if not asked.load:
         context.engine.register_adapter(asked.name, path, pinned=asked.pinned)
-        context.generations.keep_adapter(asked.name, path)
+        context.generations.keep_adapter(asked.name, path, asked.pinned)
         return answer_json({"name": asked.name, "digest": None})
     ref = await context.engine.load_adapter(asked.name, path)
     if asked.pinned:
         context.engine.register_adapter(asked.name, path, pinned=True)
-    context.generations.keep_adapter(asked.name, path)
+    context.generations.keep_adapter(asked.name, path, asked.pinned)
     return answer_json({"name": asked.name, "digest": ref.digest.hex()})
 
 
@@ -92,7 +93,12 @@ async def unload_adapter(context: Context, body: bytes) -> Response:
 async def swap(context: Context, body: bytes) -> Response:
     asked = decode(body, SwapRequest)
     plan = SwapPlan(
-        asked.model, {n: _below(context, p) for n, p in asked.adapters.items()}, asked.exclusive, asked.canary
+        asked.model,
+        {n: _below(context, p) for n, p in asked.adapters.items()},
+        asked.aliases,
+        frozenset(asked.pinned),
+        asked.exclusive,
+        asked.canary,
     )
     context.release()  # an exclusive swap waits for every request, and this is one
     status = context.generations.start(plan)

@@ -48,14 +48,24 @@ class Busy(UmaError):
 
 @dataclass(frozen=True)
 class SwapPlan:
-    """`adapters`: by name, below the server's adapter root. `exclusive`: where memory holds one base, requests wait while the old one
-    is closed and the new one loaded; if that fails the old one is loaded again. `canary`: at first the new base answers this share of the
-    keys, always the same ones, until it is finished or, by hand or since it fails, rolled back."""
+    """`adapters`: by name, below the server's adapter root; `aliases`: other names for them; `pinned`: those that stay in their slots.
+    `exclusive`: where memory holds one base, requests wait while the old one is closed and the new one loaded; if that fails the old one is
+    loaded again. `canary`: at first the new base answers this share of the keys, always the same ones, until it is finished or, by hand or
+    since it fails, rolled back."""
 
     model: str
     adapters: Mapping[str, Path] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
     exclusive: bool = False
     canary: float | None = None
+
+    def register(self, engine: AsyncEngine) -> None:
+        """Make the adapters and their other names known. Errors: AdapterError, UnknownAdapter"""
+        for name, path in self.adapters.items():
+            engine.register_adapter(name, path, pinned=name in self.pinned)
+        for alias, name in self.aliases.items():
+            engine.alias_adapter(alias, name)
 
 
 @dataclass
@@ -237,11 +247,19 @@ class Generations:
             await asyncio.gather(self._task, return_exceptions=True)
         return self.status()
 
-    def keep_adapter(self, name: str, path: Path | None) -> None:
-        """The current base has another adapter, or (None) one less: a restart loads what there is."""
+    def keep_adapter(self, name: str, path: Path | None, pinned: bool = False) -> None:
+        """The current base has another adapter, or (None) one less, or an alias less: a restart has what there is."""
         plan = self.current.plan
         adapters = {n: p for n, p in plan.adapters.items() if n != name} | ({} if path is None else {name: path})
-        self.current.plan = replace(plan, adapters=adapters)
+        aliases = {a: n for a, n in plan.aliases.items() if a != name and (path is not None or n != name)}
+        kept = (plan.pinned - {name}) | ({name} if pinned else set())
+        self.current.plan = replace(plan, adapters=adapters, aliases=aliases, pinned=kept)
+        self._keep()
+
+    def keep_alias(self, alias: str, name: str) -> None:
+        """The current base has another name for an adapter: a restart has it too."""
+        plan = self.current.plan
+        self.current.plan = replace(plan, aliases={**plan.aliases, alias: name})
         self._keep()
 
     def rollback(self) -> dict[str, Any]:
@@ -333,8 +351,7 @@ class Generations:
         assert self._make is not None
         engine = await self._make(plan.model)
         try:
-            for name, path in plan.adapters.items():  # the test that follows asks for each, so each is loaded
-                engine.register_adapter(name, path)
+            plan.register(engine)  # the test that follows asks for each, so each is loaded
         except BaseException:
             await engine.close()
             raise
@@ -383,7 +400,12 @@ class Generations:
         if self._state_file is None:
             return
         plan = self.current.plan
-        state = {"model": plan.model, "adapters": {name: str(path) for name, path in plan.adapters.items()}}
+        state = {
+            "model": plan.model,
+            "adapters": {name: str(path) for name, path in plan.adapters.items()},
+            "aliases": dict(plan.aliases),
+            "pinned": sorted(plan.pinned),
+        }
         partial = self._state_file.with_name(f".{self._state_file.name}.part")
         with partial.open("w") as file:
             json.dump(state, file)

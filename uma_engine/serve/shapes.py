@@ -168,10 +168,12 @@ class NamedRequest(msgspec.Struct):
 
 
 class SwapRequest(msgspec.Struct, forbid_unknown_fields=True):
-    """`/admin/swap`: the base to swap to, its adapters by name (paths below the adapter root)."""
+    """`/admin/swap`: the base to swap to, its adapters by name (paths below the adapter root), other names for them, and which stay."""
 
     model: str
     adapters: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    pinned: list[str] = []
     exclusive: bool = False
     canary: float | None = None  # share of the keys that it answers at first
     wait: bool = False  # answer when the swap has ended

@@ -61,6 +61,12 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidRequest(f"`--front-ends` is {args.front_ends} but must be from 0 to 64", param="front-ends")
     if args.register and args.adapter_root is None:
         raise InvalidRequest("`--register` is given without `--adapter-root`", param="register")
+    if args.replicas and (args.front_ends or args.log or args.register or args.adapter):
+        raise InvalidRequest(
+            "`--replicas` is given with `--front-ends`, `--log`, `--register` or `--adapter`",
+            hint="the entry is the front end; load adapters with POST /admin/adapters, which reaches every engine",
+            param="replicas",
+        )
     settings = settings_of(args, keys)
     model = _started(args.model, settings.state_file).model
     _tls(args.tls_cert, args.tls_key)
@@ -70,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
     from uma_engine.serve import logs
 
     logs.configure(args.log_level)
+    if args.replicas:
+        from uma_engine.cli import scale
+
+        return asyncio.run(scale.serve(args, settings))
     return asyncio.run(_supervise(args, len(keys)) if args.front_ends else _serve(args, settings))
 
 

@@ -59,6 +59,12 @@ def add_command(commands: Any, model_options: Callable[[argparse.ArgumentParser]
         metavar="S",
         help="restart an engine process that makes no step (default: 60)",
     )
+    add("--replicas", metavar="N[:MOST]", help="as many engines behind this address, on Ray Serve (extra ray)")
+    add("--ray-address", metavar="ADDRESS", help="of a Ray cluster to join (default: one on this machine)")
+    add("--target", type=float, default=8, metavar="N", help="requests an engine that more engines are started for")
+    add("--inside", type=int, default=16, metavar="N", help="requests that one of several engines takes at once")
+    add("--replica-cpus", type=float, default=1, metavar="N", help="CPUs of each engine, as Ray counts (default: 1)")
+    add("--replica-gpus", type=float, default=0, metavar="N", help="GPUs of each engine (default: 0)")
     add("--check", action="store_true", help="say what is wrong with the configuration, and do not start")
     model_options(serve)
 

@@ -76,8 +76,9 @@ async def _engine(args: argparse.Namespace, settings: Any, path: Path) -> int:
 
 async def _front(args: argparse.Namespace, settings: Any, path: Path, fd: int) -> int:
     from uma_engine.serve.processes.front import FrontEnd
+    from uma_engine.serve.processes.link import Link
 
-    front = FrontEnd(settings, path)
+    front = FrontEnd(settings, Link(path))
     server = web_server(args, front, front.drain)
     with contextlib.closing(socket.socket(fileno=fd)) as listener:
         await server.serve(sockets=[listener])

@@ -5,31 +5,15 @@ Knows names and paths below the adapter root; does not know how anything is load
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from starlette.responses import Response
 
 from uma_engine.errors import InvalidRequest
 from uma_engine.serve.app import Context, answer_json
 from uma_engine.serve.generations import SwapPlan
+from uma_engine.serve.paths import below
 from uma_engine.serve.shapes import AdapterRequest, SwapRequest, decode
 
 __all__ = ["ROUTES"]
-
-
-def _below(context: Context, path: str) -> Path:
-    """A directory below the adapter root: no path leads out of it. Errors: InvalidRequest"""
-    root = context.settings.adapter_root
-    if root is None:
-        raise InvalidRequest("this server loads no adapters", hint="start it with `--adapter-root DIR`")
-    try:
-        found = (root / path).resolve()
-        fits = found.is_relative_to(root.resolve()) and found.is_dir()
-    except (OSError, ValueError):
-        fits = False
-    if not fits:
-        raise InvalidRequest(f"`{path}` is no adapter below the server's root", param="path")
-    return found
 
 
 async def adapters(context: Context, body: bytes) -> Response:
@@ -65,7 +49,7 @@ async def load_adapter(context: Context, body: bytes) -> Response:
         context.generations.keep_alias(asked.name, asked.alias_of)
         return answer_json({"name": asked.name, "alias_of": asked.alias_of})
     assert asked.path is not None
-    path = _below(context, asked.path)
+    path = below(context.settings, asked.path)
     if not asked.load:
         context.engine.register_adapter(asked.name, path, pinned=asked.pinned)
         context.generations.keep_adapter(asked.name, path, asked.pinned)
@@ -94,7 +78,7 @@ async def swap(context: Context, body: bytes) -> Response:
     asked = decode(body, SwapRequest)
     plan = SwapPlan(
         asked.model,
-        {n: _below(context, p) for n, p in asked.adapters.items()},
+        {n: below(context.settings, p) for n, p in asked.adapters.items()},
         asked.aliases,
         frozenset(asked.pinned),
         asked.exclusive,

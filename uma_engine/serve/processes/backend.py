@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from uma_engine.serve.processes.frames import Ask, Head, Leave, Part, Ping, Pong, read_frame, write_frame
 
-__all__ = ["listening"]
+__all__ = ["Answering", "listening"]
 
 logger = logging.getLogger("uma_engine.serve")
 
@@ -27,13 +28,13 @@ async def listening(app: Any, path: Path, progress: Callable[[], int]) -> AsyncI
     connections: dict[asyncio.StreamWriter, asyncio.Event] = {}
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        requests: dict[int, _Request] = {}
+        requests: dict[int, Answering] = {}
         over = connections[writer] = asyncio.Event()
         try:
             while True:
                 frame = await read_frame(reader)
                 if isinstance(frame, Ask):
-                    request = requests[frame.id] = _Request(app, frame, writer)
+                    request = requests[frame.id] = Answering(app, frame, functools.partial(_written, writer))
                     task = asyncio.create_task(request.run())
                     running.add(task)
                     task.add_done_callback(running.discard)
@@ -68,12 +69,19 @@ async def listening(app: Any, path: Path, progress: Callable[[], int]) -> AsyncI
         path.unlink(missing_ok=True)
 
 
-class _Request:
-    """One run of the application."""
+async def _written(writer: asyncio.StreamWriter, frame: Head | Part) -> None:
+    if writer.is_closing():
+        raise ConnectionError("the front end has gone")
+    write_frame(writer, frame)
+    await writer.drain()
 
-    def __init__(self, app: Any, ask: Ask, writer: asyncio.StreamWriter) -> None:
+
+class Answering:
+    """One run of the application; `write` takes the frames of its answer. `gone`: nobody waits for it any more."""
+
+    def __init__(self, app: Any, ask: Ask, write: Callable[[Head | Part], Awaitable[None]]) -> None:
         self.gone = asyncio.Event()
-        self._app, self._ask, self._writer = app, ask, writer
+        self._app, self._ask, self._write = app, ask, write
         self._body_given = False
         self._over = False
 
@@ -117,9 +125,3 @@ class _Request:
         elif message["type"] == "http.response.body":
             self._over = not message.get("more_body", False)
             await self._write(Part(self._ask.id, bytes(message.get("body", b"")), self._over))
-
-    async def _write(self, frame: Head | Part) -> None:
-        if self._writer.is_closing():
-            raise ConnectionError("the front end has gone")
-        write_frame(self._writer, frame)
-        await self._writer.drain()

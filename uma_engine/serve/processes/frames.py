@@ -9,7 +9,19 @@ import asyncio
 
 import msgspec
 
-__all__ = ["Ask", "Frame", "Head", "Leave", "Part", "Ping", "Pong", "read_frame", "write_frame"]
+__all__ = [
+    "Ask",
+    "Frame",
+    "Head",
+    "Leave",
+    "Part",
+    "Ping",
+    "Pong",
+    "decode_frame",
+    "encode_frame",
+    "read_frame",
+    "write_frame",
+]
 
 LARGEST = 256 * 2**20
 
@@ -69,14 +81,24 @@ async def read_frame(reader: asyncio.StreamReader) -> Frame:
         size = int.from_bytes(await reader.readexactly(4))
         if size > LARGEST:
             raise ConnectionError(f"a frame of {size} bytes")
-        return _decoder.decode(await reader.readexactly(size))
+        return decode_frame(await reader.readexactly(size))
     except asyncio.IncompleteReadError as error:
         raise ConnectionError("the other process has gone") from error
+
+
+def encode_frame(frame: Frame) -> bytes:
+    return _encoder.encode(frame)
+
+
+def decode_frame(data: bytes) -> Frame:
+    """Errors: ConnectionError for what is no frame"""
+    try:
+        return _decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise ConnectionError(f"not a frame: {error}") from error
 
 
 def write_frame(writer: asyncio.StreamWriter, frame: Frame) -> None:
     """Queue a frame; `await writer.drain()` bounds what is queued."""
-    data = _encoder.encode(frame)
+    data = encode_frame(frame)
     writer.write(len(data).to_bytes(4) + data)

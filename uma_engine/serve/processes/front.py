@@ -14,7 +14,6 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
@@ -24,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from uma_engine.errors import EngineUnavailable, Overloaded, UmaError
 from uma_engine.serve.app import CREATED, OPEN, error_data, error_response, find_key, read_body
 from uma_engine.serve.processes.frames import Ask, Head
-from uma_engine.serve.processes.link import Link, LinkLost, Reply, SlowReader
+from uma_engine.serve.processes.link import Linked, LinkLost, Reply, SlowReader
 from uma_engine.serve.settings import ServeSettings
 
 __all__ = ["FrontEnd"]
@@ -34,11 +33,11 @@ MOST_TRIES = 3  # a request that ends the engine process so often is not tried a
 
 
 class FrontEnd:
-    """An ASGI application that asks the engine process at the Unix socket `path`."""
+    """An ASGI application that asks an engine process over `link`."""
 
-    def __init__(self, settings: ServeSettings, path: Path) -> None:
+    def __init__(self, settings: ServeSettings, link: Linked) -> None:
         self._settings = settings
-        self._link = Link(path)
+        self._link = link
         self._draining = False
         self.num_retries = 0
 
@@ -100,7 +99,7 @@ class FrontEnd:
 class _Answer:
     """One answer on its way, over as many engine processes as it takes."""
 
-    def __init__(self, ask: Ask, link: Link, patience: float, send: Send, name: str) -> None:
+    def __init__(self, ask: Ask, link: Linked, patience: float, send: Send, name: str) -> None:
         self._ask, self._link, self._send, self._name = ask, link, send, name
         self._patience = patience
         self._head: Head | None = None

@@ -11,12 +11,13 @@ import itertools
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
 from uma_engine.serve.processes.frames import Ask, Frame, Head, Leave, Part, Ping, Pong, read_frame, write_frame
 
-__all__ = ["Link", "LinkLost", "Reply", "SlowReader"]
+__all__ = ["Link", "LinkLost", "Linked", "Reply", "SlowReader"]
 
 MOST_QUEUED = 8 * 2**20  # bytes of one answer whose client does not read
 RETRY_S = 0.05
@@ -71,6 +72,21 @@ class Reply:
     def close(self) -> None:
         """Nobody waits for the rest."""
         self._leave()
+
+
+class Linked(Protocol):
+    """What a front end needs of its way to an engine."""
+
+    @property
+    def connected(self) -> bool: ...
+
+    def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def ask(self, request: Ask, timeout: float) -> Reply:
+        """Send a request; waits `timeout` seconds for an engine. Errors: TimeoutError, LinkLost"""
+        ...
 
 
 class Link:

@@ -26,7 +26,10 @@ def add_commands(commands: Any, model_options: Any) -> None:
     promote.add_argument("--report", required=True, metavar="FILE", help="of `uma evaluate`")
     back = commands.add_parser("rollback", help="let a surface use what it used before")
     back.add_argument("surface", metavar="SURFACE")
-    for parser, run in ((promote, _promote), (back, _rollback)):
+    shown = commands.add_parser("mlflow", help="show a registry in MLflow: runs, models by surface (extra mlflow)")
+    shown.add_argument("--to", required=True, metavar="URI", help="MLflow's tracking URI")
+    shown.add_argument("--experiment", default="uma-engine", metavar="NAME")
+    for parser, run in ((promote, _promote), (back, _rollback), (shown, _mlflow)):
         parser.add_argument(
             "--registry", required=True, metavar="DIR", help="adapters by content, and the log of all changes"
         )
@@ -88,4 +91,13 @@ def _rollback(args: argparse.Namespace) -> int:
 
     digest = AdapterHistory(args.registry).rollback(args.surface)
     write_line(f"surface `{args.surface}` uses {'the bare base' if digest is None else digest[:12]} again")
+    return 0
+
+
+def _mlflow(args: argparse.Namespace) -> int:
+    from uma_engine.train.mlflow_export import export
+    from uma_engine.train.registry import AdapterHistory
+
+    counts = export(AdapterHistory(args.registry), args.to, args.experiment, write_line)
+    write_line(", ".join(f"{count} {name}" for name, count in counts.items()))
     return 0

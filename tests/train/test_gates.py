@@ -61,6 +61,9 @@ def test_a_report_is_whole_and_repeatable(engine: Engine) -> None:
     assert report["digest"] == report_digest(report)
     assert set(report["slices"]) == {"15", "29"}
     assert report["invariance"] == {"jobs": 12, "broken": 0}
+    assert report["counterfactual"]["swaps"] > 50
+    assert report["counterfactual"]["flips"] > 0, "random weights read names like anything else"
+    assert report["counterfactual"]["flips_redacted"] == 0
     assert report["adapter_digest"] != report["against_digest"]
     again = evaluate(engine, groups, adapter="alpha", against=None)
     for key in report.keys() - {"seconds", "digest"}:
@@ -93,7 +96,8 @@ def test_what_is_rejected() -> None:
     broken = report_of(good, invariance={"broken": 1})
     lifted = report_of(good, injection_lift={"mean": 1.5})
     slices = {"15": {"jobs": 40, "mean": -0.2, "low": -0.3, "high": -0.1}}
-    for report in (broken, lifted, report_of(good, slices=slices)):
+    moved = report_of(good, counterfactual={"swaps": 100, "flips": 3, "flips_redacted": 1})
+    for report in (broken, lifted, moved, report_of(good, slices=slices)):
         found = verdict(report, Gates())
         assert found.decision == "reject"
         assert len(found.reasons) == 1

@@ -268,11 +268,78 @@ def serve_section(rows: Sequence[Row]) -> str:
             f"Continuous over static batches of {r['batch']}: {r['times']:.2f}x ({r['prompts']} completions of {r['mean_length']} tokens on"
             f" average, {r['longest']} at most, `{r['precision']}`).\n"
         )
-    for r in newest([r for r in rows if r["kind"] == "swaps"], lambda r: str(r["models"])):
+    for r in newest([r for r in rows if r["kind"] == "priority"], lambda r: r["model"]):
+        shown = ", ".join(
+            f"{name.replace('_', ' ')} {r[name]['p50_ms']:.0f} / {r[name]['p99_ms']:.0f}"
+            for name in ("alone", "beside_batch", "beside_interactive")
+        )
         parts.append(
-            f"{r['swaps']} swaps of {', '.join(r['models'])} under load: {r['requests']} requests, {r['failed']} failed,"
-            f" {r['of_another_base']} of {r['checked']} recomputed answers were of another base; p99 {r['quiet']['p99_ms']:.0f} ms before"
-            f" and {r['during']['p99_ms']:.0f} ms during.\n"
+            f"Interactive requests at {r['asked_share']:.0%} of the capacity, ms p50 / p99, beside four clients who always have a"
+            f" ranking of 64 candidates under way ({r['model']}): {shown}.\n"
+        )
+    swaps = [r for r in rows if r["kind"] == "swaps" and "by_base" in r]
+    for r in newest(swaps, lambda r: str(r["models"])):
+        parts.append(
+            f"{r['swaps']} swaps of {', '.join(r['models'])} under load ({r['share']:.0%} of what the base that answers can carry):"
+            f" {r['requests']} requests, {r['failed']} failed, {r['of_another_base']} of {r['checked']} recomputed answers were of another"
+            f" base; a swap takes {r['swap_s_p50']:.1f} s.\n"
+        )
+        body = [
+            (
+                base, f"{b['asked_per_s']:.2f}", "{} / {}".format(*b["requests"]),
+                f"{b['quiet']['p50_ms']:.0f} / {b['quiet']['p95_ms']:.0f} / {b['quiet']['p99_ms']:.0f}",
+                f"{b['during']['p50_ms']:.0f} / {b['during']['p95_ms']:.0f} / {b['during']['p99_ms']:.0f}",
+            )
+            for base, b in r["by_base"].items()
+        ]  # fmt: skip
+        header = (
+            "base that answers",
+            "asked a second",
+            "requests: quiet / during",
+            "quiet, ms p50 / p95 / p99",
+            "while the next is prepared",
+        )
+        parts.append(f"{table(header, body)}\n")
+    return "\n".join(parts) + f"\n{source(rows)}\n"
+
+
+def specialists_section(rows: Sequence[Row]) -> str:
+    parts = []
+    wanted = newest([r for r in rows if r["kind"] == "requirements"], lambda r: r["system"])
+    if wanted:
+        body = [
+            (
+                r["system"], f"{r['f1']:.3f}", "{:.3f} to {:.3f}".format(*r["f1_interval"]), f"{r['precision_of_spans']:.3f}",
+                f"{r['recall_of_spans']:.3f}", f"{r['words_f1']:.3f}", r["lines_not_in_sentence"],
+            )
+            for r in wanted
+        ]  # fmt: skip
+        header = (
+            "system",
+            "F1 of spans",
+            "95 %, over posts",
+            "precision",
+            "recall",
+            "F1 of words",
+            "lines that stand nowhere",
+        )
+        parts.append(
+            f"Which requirements a sentence of a post states: SkillSpan's test posts ({wanted[0]['posts']} posts, {wanted[0]['sentences']}"
+            f" sentences, {wanted[0]['spans']} spans that agree to the character):\n\n{table(header, body)}\n"
+        )
+    liked = newest([r for r in rows if r["kind"] == "replies"], lambda r: r["system"])
+    if liked:
+        body = [
+            (
+                r["system"], *("{:.3f} ({:.3f} to {:.3f})".format(r[k]["right"], *r[k]["interval"]) for k in ("all", "without_planted"))
+            )
+            for r in liked
+        ]  # fmt: skip
+        pairs = liked[0]["all"]["pairs"], liked[0]["without_planted"]["pairs"]
+        header = ("system", f"all {pairs[0]} pairs", f"without planted replies, {pairs[1]} pairs")
+        parts.append(
+            f"Of two replies that people marked differently, how often the better one comes first: {liked[0]['conversations']} held-out"
+            f" conversations of UPHELD, 95 % over {liked[0]['all']['dialogues']} dialogues; chance is 0.5:\n\n{table(header, body)}\n"
         )
     return "\n".join(parts) + f"\n{source(rows)}\n"
 
@@ -325,6 +392,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("peers", "Against other engines, CPU", peers_section),
     ("accuracy", "What a precision costs in accuracy", accuracy_section),
     ("quality", "How well it ranks: held-out occupations of the crosswalk", quality_section),
+    ("specialists", "Two more specialists on the same base", specialists_section),
     ("cascade", "Who is not read to the end", cascade_section),
     ("explain", "Words and notes", explain_section),
     ("serve", "Serving", serve_section),

@@ -39,12 +39,13 @@ def interval(units: Mapping[str, Sequence[Any]], value: Callable[[list[Any]], fl
 
 def requirements(args: argparse.Namespace) -> None:
     from uma_engine import Engine, SamplingParams
+    from uma_engine.train.groups import spread
     from uma_engine.train.requirements import Sentence, f1, find_spans, question, read_skillspan
 
     train, test = (read_skillspan(args.source / f"{split}.json") for split in ("train", "test"))
     test = test[: args.sentences]
 
-    def said_by(adapter: str | None) -> tuple[list[set[Span]], int]:
+    def said_by(adapter: str | None, test: Sequence[Sentence]) -> tuple[list[set[Span]], int]:
         with Engine(args.model, precision=args.precision) as engine:
             if adapter is not None:
                 engine.load_adapter("specialist", _directory(adapter))
@@ -66,18 +67,20 @@ def requirements(args: argparse.Namespace) -> None:
 
     known = sorted({r.lower() for s in train for r in s.requirements}, key=len, reverse=True)
     looked_up = re.compile("|".join(rf"(?<!\w){re.escape(r)}(?!\w)" for r in known if len(r) > 1), re.IGNORECASE)
-    systems: dict[str, tuple[list[set[Span]], int]] = {
-        "training posts' requirements, looked up": ([{m.span() for m in looked_up.finditer(s.text)} for s in test], 0),
-        "base": said_by(None),
-        str(Path(args.adapter).name): said_by(args.adapter),
+    some = spread(test, args.base_sentences)
+    systems: dict[str, Callable[[], tuple[Sequence[Sentence], list[set[Span]], int]]] = {
+        "looked up": lambda: (test, [{m.span() for m in looked_up.finditer(s.text)} for s in test], 0),
+        str(Path(args.adapter).name): lambda: (test, *said_by(args.adapter, test)),
+        "base": lambda: (some, *said_by(None, some)),
     }
-    for name, (found, lost) in systems.items():
-        whole = f1(found, test)
+    for name, ask in systems.items():
+        asked, found, lost = ask()
+        whole = f1(found, asked)
         by_post: dict[str, list[tuple[set[Span], Sentence]]] = defaultdict(list)
-        for spans, sentence in zip(found, test, strict=True):
+        for spans, sentence in zip(found, asked, strict=True):
             by_post[sentence.post].append((spans, sentence))
         keep(args, {
-            "kind": "requirements", "system": name, "model": args.model, "sentences": len(test), "posts": len(by_post),
+            "kind": "requirements", "system": name, "model": args.model, "sentences": len(asked), "posts": len(by_post),
             "spans": whole.spans,
             "precision_of_spans": round(whole.precision, 4), "recall_of_spans": round(whole.recall, 4), "f1": round(whole.f1, 4),
             "f1_interval": interval(by_post, lambda rows: f1([r[0] for r in rows], [r[1] for r in rows]).f1),
@@ -166,6 +169,7 @@ def main() -> None:
     first, second = kinds.add_parser("requirements"), kinds.add_parser("replies")
     first.add_argument("--source", type=Path, required=True, help="SkillSpan's directory")
     first.add_argument("--sentences", type=int, help="of the test posts (default: all)")
+    first.add_argument("--base-sentences", type=int, default=600, help="that the bare base is asked, which says much")
     first.add_argument("--adapter", default="requirement-extract")
     second.add_argument("--data", type=Path, required=True, help="made by `uma data human`")
     second.add_argument("--adapter", default="reply-quality")

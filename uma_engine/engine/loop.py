@@ -34,10 +34,10 @@ from uma_engine.scheduler import Event, Finished, Scheduler, ScoreReady, TokenRe
 __all__ = ["EngineLoop", "Sink"]
 
 logger = logging.getLogger("uma_engine.engine")
-BACKGROUND_STEP_S = 0.1  # that a step with background work may take: who arrives meanwhile waits for no longer
-FIRST_BACKGROUND_TOKENS = 32  # before it is known how fast this model is here
-RATE_TOKENS = 32  # a step of fewer says little about that
-LONGEST_WAY_S = 1.0  # between two steps of an engine that gives way to another
+BACKGROUND_STEP_S = 0.06  # that a step with background work may take: who arrives meanwhile waits for no longer
+FIRST_BACKGROUND_TOKENS = 16  # before it is known how fast this model is here
+RATE_TOKENS = 16  # a step of fewer says little about that
+LONGEST_WAY_S = 5.0  # between two steps of an engine that gives way to another
 
 
 class Sink(Protocol):

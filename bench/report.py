@@ -278,9 +278,10 @@ def serve_section(rows: Sequence[Row]) -> str:
             f" ranking of 64 candidates under way ({r['model']}): {shown}.\n"
         )
     swaps = [r for r in rows if r["kind"] == "swaps" and "by_base" in r]
-    for r in newest(swaps, lambda r: str(r["models"])):
+    for r in newest(swaps, lambda r: (str(r["models"]), r.get("own_rate", True))):
+        whose = "base that answers" if r.get("own_rate", True) else "slowest"
         parts.append(
-            f"{r['swaps']} swaps of {', '.join(r['models'])} under load ({r['share']:.0%} of what the base that answers can carry):"
+            f"{r['swaps']} swaps of {', '.join(r['models'])} under load ({r['share']:.0%} of what the {whose} can carry):"
             f" {r['requests']} requests, {r['failed']} failed, {r['of_another_base']} of {r['checked']} recomputed answers were of another"
             f" base; a swap takes {r['swap_s_p50']:.1f} s.\n"
         )

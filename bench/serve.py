@@ -13,8 +13,8 @@ front     one process against a front end before it, the same requests in turns.
 stream    many streams of a tiny model, whose tokens cost next to nothing: chunks a second, and for each second of the front end's CPU.
 batching  64 completions of mixed lengths: all at once against batches of 16 that wait for their longest. Goal: 4x.
 priority  small interactive requests, alone, beside a flood of large ones of the class batch, and beside the same flood as interactive.
-swaps     bases in a circle while requests come at 70 % of the capacity of the base that answers; for each base the latencies while the next
-          one is prepared, beside those without a swap; afterwards each answer is recomputed by the base that it names.
+swaps     bases in a circle while requests come at 70 % of the capacity of the slowest (`--own-rate`: of the one that answers); for each
+          base the latencies during swaps beside those without; afterwards each answer is recomputed by the base that it names.
 
 Load is made by another process on the same machine, and takes part of it. Rows go to bench/results/serve.jsonl.
 """
@@ -304,9 +304,16 @@ async def swaps(args: argparse.Namespace) -> None:
                 phases.setdefault(phase, []).append(seconds)
             return time.perf_counter() - began
 
-        for model in [*args.models[1:], args.models[0]]:  # each base by itself; the caches are filled by the way
+        circle_once = [*args.models[1:], args.models[0]]
+        for model in circle_once:  # each base by itself; the caches are filled by the way
             await swap(model)
             rates[model] = args.share * (await capacity(client))[0]
+        if (
+            not args.own_rate
+        ):  # what waits at the door while a base flips is answered by the next one, which may be many times slower
+            rates = dict.fromkeys(rates, min(rates.values()))
+        for model in circle_once:
+            await swap(model)
             quiet[model] = [
                 a["whole"] for a in await open_loop(lambda b, t: asked(client, b, t), rates[model], 1, args.seconds)
             ]
@@ -347,6 +354,7 @@ async def swaps(args: argparse.Namespace) -> None:
         }  # fmt: skip
     keep(args, {
         "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "share": args.share,
+        "own_rate": args.own_rate,
         "failed": len(failed), "checked": min(args.checked, len(answers)), "of_another_base": wrong,
         "swap_s_p50": round(quantiles(pauses)[1], 2),
         "phase_s_p50": {phase: round(quantiles(found)[1], 2) for phase, found in phases.items()}, "by_base": by_base,
@@ -393,6 +401,7 @@ def main() -> None:
     made["priority"].add_argument(
         "--rate", type=float, default=0.2, help="of the capacity that interactive requests take"
     )
+    made["swaps"].add_argument("--own-rate", action="store_true", help="of each base, not of the slowest")
     made["swaps"].add_argument("--checked", type=int, default=200)
     args = parser.parse_args()
     if args.kind == "batching":

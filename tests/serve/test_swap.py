@@ -158,8 +158,11 @@ def test_a_rollback_is_at_once(bases: list[Path], truth: dict[str, dict[str, lis
     asyncio.run(run())
 
 
-def test_a_base_that_is_prepared_gives_way_to_the_one_that_serves(bases: list[Path]) -> None:
+def test_a_base_that_is_prepared_gives_way_to_the_one_that_serves(
+    bases: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The serving engine pretends to be busy: the other one steps once in a while, and at once when it is not."""
+    monkeypatch.setattr("uma_engine.engine.loop.LONGEST_WAY_S", 0.5)
 
     async def run() -> None:
         async with AsyncEngine(bases[0], **SMALL) as serving, AsyncEngine(bases[1], **SMALL) as fresh:
@@ -174,7 +177,7 @@ def test_a_base_that_is_prepared_gives_way_to_the_one_that_serves(bases: list[Pa
                 began = loop.time()
                 first = await fresh.rank(QUERIES[2], TEXTS)
                 second = await fresh.rank(QUERIES[0], TEXTS)
-                assert 0.8 < loop.time() - began < 10, "a step a second"
+                assert 0.4 < loop.time() - began < 20, "a step each half second"
             assert first.results
             assert [r.score for r in second.all_results] == [r.score for r in alone.all_results]
 

@@ -201,7 +201,7 @@ class EngineBase:
         return self._stack.loop.closed
 
     def give_way(self, to: EngineBase | None) -> None:
-        """Compute only while `to`, an engine of this process, has nothing to do, but a step a second. None: as ever."""
+        """Compute only while `to`, an engine of this process, has nothing to do, but a step in five seconds. None: as ever."""
         self._stack.loop.give_way = None if to is None else functools.partial(_is_busy, weakref.ref(to._stack.loop))
 
     def counters(self) -> dict[str, float]:

@@ -77,3 +77,10 @@ def test_an_engine_that_begins_waits_for_nobody_and_for_a_stack():
     number = operator.change(OLD)
     assert operator.ask("e0", 0, {}) == (number, OLD, True)
     assert operator.ask("e1", 0, {}) == (number, OLD, True)
+
+
+def test_numbers_after_a_restart_are_none_that_were_there_before():
+    before = [Operator().change(OLD) for _ in range(3)]
+    again = Operator()
+    assert again.change(NEW) > max(before)
+    assert again.change(OLD) > max(before) + 1

@@ -111,6 +111,7 @@ class Cluster:
         self._started_ray = False
         self._operator: Any = None
         self._engines: dict[str, Any] = {}
+        self._watching: asyncio.Task[None] | None = None
 
     @property
     def handle(self) -> Any:
@@ -123,6 +124,7 @@ class Cluster:
     async def start(self, address: str | None = None) -> None:
         """Join the Ray cluster at `address`, or start one on this machine, and deploy. Errors: EngineUnavailable"""
         await asyncio.to_thread(self._start, address)
+        self._watching = asyncio.create_task(self._watch())
 
     def _start(self, address: str | None) -> None:
         if not ray.is_initialized():
@@ -175,10 +177,18 @@ class Cluster:
                 f"the engines do not come up: {str(error)[-500:]}", hint="see the log of Ray Serve"
             ) from None
 
+    async def _watch(self) -> None:
+        """Look after the operator: an engine that begins waits for its word."""
+        while True:
+            await asyncio.sleep(STATS_S)
+            with contextlib.suppress(Exception):  # it is being restarted
+                await self.refresh()
+
     async def stop(self) -> None:
-        if self._changing is not None:
-            self._changing.cancel()
-            await asyncio.gather(self._changing, return_exceptions=True)
+        for task in (self._watching, self._changing):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         self._handle = None
 
         def down() -> None:

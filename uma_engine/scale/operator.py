@@ -29,7 +29,7 @@ class Operator:
     def change(self, stack: dict[str, Any]) -> int:
         """From now on this is what engines should answer with; its number."""
         self._stack, self._failed, self._turn = stack, None, None
-        self._number += 1
+        self._number = max(self._number + 1, time.time_ns())  # also after a restart none that was there before
         return self._number
 
     def ask(self, engine: str, number: int, about: dict[str, Any]) -> tuple[int, dict[str, Any] | None, bool]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from uma_engine.catalog.chat_template import ChatTemplate
 from uma_engine.errors import InvalidRequest, UmaError
 from uma_engine.tasks.generate import chat_ids
+from uma_engine.train.groups import numbered_lines
 from uma_engine.train.recipe import Recipe
 from uma_engine.train.tree_forward import JobTree
 
@@ -49,13 +50,7 @@ def read_chats(path: str | Path) -> list[Chat]:
     """All conversations of a file. Errors: InvalidRequest naming the line"""
     chats: list[Chat] = []
     seen: set[str] = set()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"`{path}` cannot be read: {error}", param="data") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         where = f"`{path}`, line {number}"
         try:
             data = json.loads(line)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from uma_engine.errors import InvalidRequest
 
-__all__ = ["Group", "Judged", "file_digest", "read_groups", "share_of", "spread", "write_groups"]
+__all__ = ["Group", "Judged", "file_digest", "numbered_lines", "read_groups", "share_of", "spread", "write_groups"]
 
 MAX_GRADE = 10
 T = TypeVar("T")
@@ -82,6 +82,15 @@ def read_groups(path: str | Path) -> list[Group]:
     if not groups:
         raise InvalidRequest(f"`{path}` holds no jobs", param="data")
     return groups
+
+
+def numbered_lines(path: str | Path, param: str = "data") -> list[tuple[int, str]]:
+    """The lines of a JSONL file that are not blank, with their numbers. Errors: InvalidRequest"""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"`{path}` cannot be read: {error}", param=param) from None
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from uma_engine.errors import InvalidRequest
 from uma_engine.train.agreement import Level, krippendorff_alpha
-from uma_engine.train.groups import Group, Judged, share_of
+from uma_engine.train.groups import Group, Judged, numbered_lines, share_of
 
 __all__ = [
     "Conversation",
@@ -78,13 +78,7 @@ class Conversation:
 def read_conversations(path: str | Path) -> list[Conversation]:
     """Errors: InvalidRequest naming the line"""
     found, seen = [], set()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"`{path}` cannot be read: {error}", param="data") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             conversation = _conversation(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:

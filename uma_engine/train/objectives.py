@@ -59,7 +59,6 @@ class RankObjective:
         self.examples = read_groups(recipe.train)
         self._dev = read_groups(recipe.dev)
         _refuse_overlap({g.id for g in self.examples}, {g.id for g in self._dev}, "job")
-        self._num_dev = len(self._dev)
         if recipe.evaluation.jobs is not None:
             self._dev = spread(self._dev, recipe.evaluation.jobs)
         self.max_grade = max(c.grade for g in self.examples for c in g.candidates) or 1

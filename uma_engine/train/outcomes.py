@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uma_engine.errors import InvalidRequest
-from uma_engine.train.groups import Group, Judged
+from uma_engine.train.groups import Group, Judged, numbered_lines
 
 __all__ = ["GRADES", "Event", "judged_jobs", "planted", "read_events"]
 
@@ -43,13 +43,7 @@ class Event:
 def read_events(path: str | Path) -> list[Event]:
     """Events of a JSONL file: each once, in the order in which they happened. Errors: InvalidRequest naming the line"""
     found: dict[str, Event] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the events `{path}` cannot be read: {error}", param="events") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path, "events"):
         try:
             data = json.loads(line)
             event = Event(**{name: data[name] for name in Event.__slots__})

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from uma_engine.errors import InvalidRequest
 from uma_engine.train.chat import Chat
-from uma_engine.train.groups import share_of
+from uma_engine.train.groups import numbered_lines, share_of
 
 __all__ = ["F1", "INSTRUCTION", "NONE", "Sentence", "f1", "find_spans", "question", "read_skillspan", "to_chats"]
 
@@ -45,12 +45,8 @@ class Sentence:
 def read_skillspan(path: str | Path) -> list[Sentence]:
     """The sentences of one of SkillSpan's files, one JSON object a line. Errors: InvalidRequest naming the line"""
     found: list[Sentence] = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"`{path}` cannot be read: {error}", param="data") from None
     split = Path(path).stem
-    for number, line in enumerate(lines, 1):
+    for number, line in numbered_lines(path):
         try:
             row = json.loads(line)
             tokens: list[str] = row["tokens"]

@@ -19,7 +19,7 @@ FILES = [str(ROOT / "examples" / name) for name in ("job.md", "candidates.jsonl"
 
 
 def test_they_are_what_their_cards_say() -> None:
-    assert names() == ["requirement-extract", "talent-match"]
+    assert names() == ["reply-quality", "requirement-extract", "talent-match"]
     for name in names():
         path = shipped(name)
         card = json.loads((path / "data_card.json").read_text())

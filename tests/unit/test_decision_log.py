@@ -234,6 +234,20 @@ def test_after_forgetting_no_byte_of_them_is_in_any_file_and_the_chain_is_whole(
     assert problems(tmp_path / "log.uma", head) == []
 
 
+def test_who_was_only_named_is_forgotten_too(tmp_path: Path) -> None:
+    with DecisionLog(tmp_path / "log.uma") as log:
+        given = record("bo", left_out=[ANA, "cy"], not_looked_at=["dee"])
+        kept = log.append(given)
+        assert log.get(kept.id).record == given
+        assert log.get(kept.id).num_candidates == 4
+        assert log.export(ANA)["records"][0]["place"] is None
+        done = log.forget(ANA)
+        assert (done.records, done.clean) == ((kept.id,), True)
+        assert log.get(kept.id).record["left_out"] == [FORGOTTEN, "cy"]
+        assert log.verify().ok
+        assert not any(ANA.encode() in file.read_bytes() for file in log.files if file.is_file())
+
+
 def test_words_that_are_others_too_are_named_and_stay(log: DecisionLog) -> None:
     both = record(ANA, "bo")
     both["candidates"][1]["text"] = both["candidates"][0]["text"]

@@ -3,7 +3,8 @@
 Knows where in a record people are: an object whose `id` is a candidate's id is about that candidate, as a whole; so is the value in a
 mapping whose keys are all candidates' ids; and a string that equals a candidate's id names them. Whoever adds something about a
 candidate to a record says it in one of these forms, and it can be exported and forgotten with everything else. Does not know files.
-What was asked of everybody (`BODY_ONLY`) is not looked through: an option may equal somebody's id by chance.
+What was asked of everybody (`BODY_ONLY`) is not looked through: an option may equal somebody's id by chance. Who was not read and is
+only named (`NAMED`) has a part too, after the candidates, which holds the id alone.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ __all__ = ["FORGOTTEN", "join", "split", "strings_of"]
 
 FORGOTTEN = "[forgotten]"  # stands in place of an id
 BODY_ONLY = frozenset({"format", "created_at", "query", "options", "stack", "adapters", "usage", "warnings"})
+NAMED = ("left_out", "not_looked_at")  # lists of ids beside the candidates: whom a cascade did not read
 # In the body, where something of a candidate was: {PART: [place, number]} an object, {ID: place} an id, {MAP: [[key, value]]} a mapping.
 PART, ID, MAP = "$part", "$id", "$map"
 
 
 def split(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The body and, for each candidate in order, `{"id": ..., "items": [...]}`.
+    """The body and, for each candidate in order and then for each who is only named, `{"id": ..., "items": [...]}`.
 
     Errors: InvalidRequest where the record has no list of candidates with distinct ids, or uses the marks of this module
     """
@@ -32,6 +34,8 @@ def split(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any
         raise InvalidRequest("the record's `candidates` is not a list of objects with an `id`", param="record")
     if len(set(ids)) != len(ids):
         raise InvalidRequest("two of the record's candidates have one id", param="record")
+    named = [i for key in NAMED for i in record.get(key) or () if isinstance(i, str)]
+    ids = list(dict.fromkeys([*ids, *named]))
     parts: list[dict[str, Any]] = [{"id": i, "items": []} for i in ids]
     places = {i: place for place, i in enumerate(ids)}
 

@@ -231,6 +231,27 @@ def cascade_section(rows: Sequence[Row]) -> str:
     return f"{table(header, body)}\n\n{source(chosen)}\n"
 
 
+def index_section(rows: Sequence[Row]) -> str:
+    grown = newest([r for r in rows if r["kind"] == "indexing"], lambda r: r["candidates"])
+    asked = newest([r for r in rows if r["kind"] == "search"], lambda r: (r["case"], r["candidates"]))
+    said = [
+        f"Indexing {r['candidates']:,} people of {r['words']} words: {r['candidates_s']:.0f} a second, {r['of_embedder']:.2f}"
+        f" ({r['of_embedder_p20']:.2f} to {r['of_embedder_p80']:.2f}) of the embedder alone."
+        for r in grown
+    ]
+    body = [
+        (
+            r["case"], f"{r['candidates']:,}", f"{r['considered']:,}", f"{r['ms']:.0f} ({r['ms_p20']:.0f}..{r['ms_p80']:.0f})",
+            f"{r['ms_most']:.0f}", r["queries"], f"{r['index_mib']:,}", f"{r['peak_rss_mib']:,}",
+        )
+        for r in asked
+    ]  # fmt: skip
+    header = (
+        "filter", "candidates", "that pass", "ms a query", "slowest", "queries", "MiB on disk", "MiB of process at most, building",
+    )  # fmt: skip
+    return f"{'  '.join(said)}\n\n{table(header, body)}\n\n{source([*grown, *asked])}\n"
+
+
 def explain_section(rows: Sequence[Row]) -> str:
     chosen = newest(rows, lambda r: (r["case"], r["model"]))
     body = [
@@ -395,6 +416,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("quality", "How well it ranks: held-out occupations of the crosswalk", quality_section),
     ("specialists", "Two more specialists on the same base", specialists_section),
     ("cascade", "Who is not read to the end", cascade_section),
+    ("index", "The first stage over a pool", index_section),
     ("explain", "Words and notes", explain_section),
     ("serve", "Serving", serve_section),
     ("adapters", "More adapters than slots", adapters_section),

@@ -1,6 +1,6 @@
 """The first stage: how fast a pool becomes searchable beside its embedder alone, and how long a query over a large pool takes.
 
-    python -m bench.index [--candidates 1000000] [--queries 40] [--texts 400]
+    python -m bench.index [--candidates 1000000] [--queries 40] [--texts 400] [--only indexing|search]
 
 indexing  add and commit of new people with MiniLM, in turns with the embedder alone on the same number of other people of the same kind,
           nothing cached. Goal: 0.9 of the embedder's throughput.
@@ -124,6 +124,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=40)
     parser.add_argument("--texts", type=int, default=400)
+    parser.add_argument("--only", choices=("indexing", "search"))
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
     words = vocabulary()
@@ -134,7 +135,10 @@ def main() -> None:
             append_row("index", {"bench": "index", **row, "others_share": others.read()})
 
     others = OthersShare()
-    keep(indexing(words, args.texts))
+    if args.only != "search":
+        keep(indexing(words, args.texts))
+    if args.only == "indexing":
+        return
     for row in searching(words, args.candidates, args.queries):
         keep(row)
 

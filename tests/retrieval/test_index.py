@@ -21,6 +21,7 @@ import pytest
 from uma_engine.core import Candidate
 from uma_engine.errors import CorruptFile, InvalidRequest
 from uma_engine.retrieval import CandidateIndex, Embedder, Embeddings
+from uma_engine.retrieval.filters import columns_of
 from uma_engine.retrieval.generation import K1, B
 
 pytest.importorskip("bm25s")
@@ -289,3 +290,13 @@ def test_meaning_finds_what_words_do_not(tmp_path: Path) -> None:
         index.commit()
         hit = index.search("We look for a lawyer.", 1).hits[0]
     assert (hit.candidate.id, hit.by_words, hit.by_vectors) == ("law", None, 1)
+
+
+def test_a_field_is_one_column_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One made for every value would cost the square of the pool."""
+    made, full = [], np.full
+    monkeypatch.setattr(np, "full", lambda *a, **k: made.append(a) or full(*a, **k))
+    columns = columns_of([{"rate": float(i), "area": "ab"[i % 2]} for i in range(50)], [str(i) for i in range(50)])
+    assert len(made) == 2
+    assert columns["rate"].values.tolist() == [float(i) for i in range(50)]
+    assert columns["area"].texts == ("a", "b")

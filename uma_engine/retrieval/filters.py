@@ -64,8 +64,11 @@ def columns_of(facts: Sequence[Mapping[str, Any]], ids: Sequence[str]) -> dict[s
                     hint="give a field one type for everybody",
                     param=field,
                 )
-            column = values.setdefault(field, np.full(len(facts), np.nan))
-            column[row] = texts.setdefault(field, {}).setdefault(value, len(texts[field])) if kind == "text" else value
+            if field not in values:
+                values[field] = np.full(len(facts), np.nan)
+            values[field][row] = (
+                texts.setdefault(field, {}).setdefault(value, len(texts[field])) if kind == "text" else value
+            )
     return {f: Column(kinds[f][0], values[f], tuple(texts.get(f, ()))) for f in sorted(values)}
 
 

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--precision", choices=("exact", "near", "fast"), default="near")
     parser.add_argument("--jobs", type=int, default=40)
+    parser.add_argument("--offset", type=int, default=0, help="of the first test job: other jobs than in a run before")
     parser.add_argument("--prefix", type=int, nargs="+", default=[0, 16, 24])
     parser.add_argument("--confidence", type=float, nargs="+", default=[0.8, 0.9])
     parser.add_argument("--no-save", action="store_true")
@@ -47,7 +48,7 @@ def main() -> None:
     others = OthersShare()
     fit, test = read_groups(args.data / "dev.jsonl"), read_groups(args.data / "test.jsonl")
     fit = [fit[i * len(fit) // FIT_JOBS] for i in range(FIT_JOBS)]
-    test = [test[i * len(test) // args.jobs] for i in range(args.jobs)]
+    test = [test[(args.offset + i * len(test) // args.jobs) % len(test)] for i in range(args.jobs)]
     with Engine(args.model, precision=args.precision, max_lora_rank=64) as engine:
         name = None
         if args.adapter:

@@ -31,8 +31,8 @@ class Logged:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One entry: `kind` is `rank` or `forget`, `record` its data. `num_candidates` counts those whom a
-    cascade did not read too, `forgotten` people whose content is gone from it."""
+    """One entry: `kind` is `rank` or `forget`, `record` its data. `forgotten` counts people whose content is gone from it,
+    `num_candidates` all who were in it, those whom a cascade did not read too."""
 
     id: int
     kind: str

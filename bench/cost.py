@@ -1,6 +1,6 @@
 """What a ranking costs beside how good it is: this engine's way against a model that writes the ranking, and against larger models.
 
-    python -m bench.cost --data DIR [--adapter DIR] [--jobs 24] [--candidates 20] [--larger qwen2.5-coder-0.5b ...]
+    python -m bench.cost --data DIR [--adapter DIR] [--jobs 200] [--candidates 20] [--larger qwen2.5-coder-0.5b=40 ...]
 
 DIR holds test.jsonl of `uma data build`; of each job the first stage's best candidates are ranked. FLOPs are those of the linear layers for
 the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 2507.06223), without a model of hardware. The ways:
@@ -9,34 +9,41 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     shared        each candidate scored under one job whose keys and values are shared: `Engine.rank`, with priors if tuned
     alone         the same scores, a whole prompt for each candidate
     cascade       `rank(..., cascade=)`: who cannot reach the first ten by the prior is not read; bounds fitted on dev jobs
+    with notes    `rank(..., deliberate=32)`: the first ten are read again after the model's own notes on each
     first token   list-wise, one token of a window's answer read (FIRST, Reddy et al. 2024): windows of 10 from the end, by 5
     written       the same windows, the order written out
     with reasons  the same, after a paragraph of reasons
 
-Rows go to bench/results/cost.jsonl: nDCG@10, FLOPs a query, queries and nDCG a PFLOP, seconds, and the factor over
-`written` of the same model.
+A larger model may answer fewer jobs (NAME=JOBS): some of those of the small one, spread over them, and it is compared on these alone. Every
+answer is kept under build/cost/ as it comes, so that a run that was stopped goes on. Rows go to bench/results/cost.jsonl: nDCG@10, FLOPs a
+query, queries and nDCG a PFLOP, seconds, and the share of the machine that other processes had meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.rows import append_row
+from bench.rows import ROOT, OthersShare, append_row
 from uma_engine import Candidate, Engine, SamplingParams
 from uma_engine.ranking.metrics import ndcg, paired_bootstrap
-from uma_engine.train.groups import Group, read_groups
+from uma_engine.train.groups import Group, read_groups, spread
 
+KEPT = ROOT / "build" / "cost"
 MOST_TOKENS = 64  # of a candidate, as in training
 WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
 WORDS = 40  # of a candidate in a window
-ORDER_TOKENS, REASON_TOKENS = 40, 120
+ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS = 40, 120, 32
+CONFIDENCE = 0.6  # of the cascade's bounds: chosen on 24 other jobs, `bench.cascade`
 ASK = (
     "Rank these candidates for the job, the best first.\n\nJob post:\n{job}\n\n{people}\n\n"
     "Answer with the letters of all candidates in order, such as B > A > C."
@@ -51,19 +58,21 @@ class Outcome:
     order: list[str]
     flops: float
     seconds: float
+    others_share: float = 0.0
 
 
 def people_of(group: Group, tuned: bool) -> list[Candidate]:
     return [Candidate(c.id, c.text, prior=c.prior if tuned else 0.0) for c in group.candidates]
 
 
-def shared(engine: Engine, group: Group, adapter: str | None, cascade: Any = None) -> Outcome:
+def shared(engine: Engine, group: Group, adapter: str | None, cascade: Any = None, notes: int | None = None) -> Outcome:
     began = time.perf_counter()
     people = people_of(group, tuned=adapter is not None)
     engine._stack.forget_cached()
     answer = engine.rank(
-        group.job, people, adapter=adapter, cascade=cascade, top_n=10, max_tokens_per_candidate=MOST_TOKENS
-    )
+        group.job, people, adapter=adapter, cascade=cascade, top_n=10, max_tokens_per_candidate=MOST_TOKENS,
+        deliberate=notes, explain_top=notes and 10,
+    )  # fmt: skip
     return Outcome([r.id for r in answer.results], answer.usage.flops, time.perf_counter() - began)
 
 
@@ -120,31 +129,83 @@ def written(engine: Engine, reasons: bool) -> Callable[[str], tuple[list[int], f
     return judge
 
 
-def report(
-    name: str, model: str, outcomes: Sequence[Outcome], groups: Sequence[Group], base: dict[str, Any], save: bool
-) -> None:
-    values = [
-        ndcg([{c.id: c.grade for c in g.candidates}[i] for i in o.order], g.ideal)
-        for o, g in zip(outcomes, groups, strict=True)
-    ]
-    flops = sum(o.flops for o in outcomes) / len(outcomes)
-    mean = sum(values) / len(values)
-    row: dict[str, Any] = {
-        "bench": "cost", "way": name, "model": model, "jobs": len(groups), "candidates": len(groups[0].candidates),
-        "ndcg_10": round(mean, 4), "gflop_query": round(flops / 1e9, 2), "queries_pflop": round(1e15 / flops, 1) if flops else None,
-        "ndcg_pflop": round(mean * 1e15 / flops, 2) if flops else None,
-        "seconds_query": round(sum(o.seconds for o in outcomes) / len(outcomes), 3),
-    }  # fmt: skip
-    if base:
-        change = paired_bootstrap(values, base["values"])
-        row |= {"over_shared": [round(x, 4) for x in (change.mean, change.low, change.high)]}
-        row |= {"times_the_flops_of_shared": round(flops / base["flops"], 3)}
-        row |= {"times_the_seconds_of_shared": round(row["seconds_query"] / base["seconds"], 3)}
-    elif flops:
-        base |= {"values": values, "flops": flops, "seconds": row["seconds_query"]}
-    print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
-    if save:
-        append_row("cost", row)
+@dataclass
+class Study:
+    """Ways on the same jobs, each compared with the first that has a cost; answers are kept as they come."""
+
+    groups: Sequence[Group]
+    save: bool
+    base: dict[str, tuple[float, Outcome]] = field(default_factory=dict)  # of each job: nDCG and outcome of `shared`
+
+    def run(self, way: str, model: str, stack: str, judge: Callable[[Group], Outcome], jobs: int | None = None) -> None:
+        """One way: `stack` names what decides its answers beside the way itself."""
+        groups = self.groups if jobs is None else spread(self.groups, jobs)
+        settings = (way, stack, MOST_TOKENS, WINDOW, STEP, WORDS, ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS, CONFIDENCE)
+        path = KEPT / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done: dict[str, Outcome] = {}
+        if path.exists():
+            kept = [json.loads(line) for line in path.read_text().splitlines()]
+            done = {row.pop("job"): Outcome(**row) for row in kept}
+        names = {g.id: f"{g.id} {len(g.candidates)}" for g in groups}
+        missing = [g for g in groups if names[g.id] not in done]
+        began = time.perf_counter()
+        with path.open("a") as file:
+            for number, group in enumerate(missing, 1):
+                others = OthersShare()
+                outcome = judge(group)
+                outcome.others_share = others.read()
+                done[names[group.id]] = outcome
+                file.write(json.dumps({"job": names[group.id], **asdict(outcome)}) + "\n")
+                file.flush()
+                if number % 10 == 0 or number == len(missing):
+                    left = (time.perf_counter() - began) / number * (len(missing) - number)
+                    print(f"  {way}, {model}: {number}/{len(missing)}, {left / 60:.0f} min left", file=sys.stderr)
+        self._report(way, model, groups, [done[names[g.id]] for g in groups])
+
+    def _report(self, way: str, model: str, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
+        values = [
+            ndcg([{c.id: c.grade for c in g.candidates}[i] for i in o.order], g.ideal)
+            for o, g in zip(outcomes, groups, strict=True)
+        ]
+        flops, seconds = _mean([o.flops for o in outcomes]), _mean([o.seconds for o in outcomes])
+        row: dict[str, Any] = {
+            "bench": "cost", "way": way, "model": model, "jobs": len(groups), "candidates": len(groups[0].candidates),
+            "ndcg_10": round(_mean(values), 4), "gflop_query": round(flops / 1e9, 2),
+            "queries_pflop": round(1e15 / flops, 1) if flops else None,
+            "ndcg_pflop": round(_mean(values) * 1e15 / flops, 2) if flops else None,
+            "seconds_query": round(seconds, 3), "others_share": round(_mean([o.others_share for o in outcomes]), 3),
+        }  # fmt: skip
+        if self.base:
+            theirs = [self.base[g.id] for g in groups]
+            change = paired_bootstrap(values, [value for value, _ in theirs])
+            row |= {"over_shared": [round(x, 4) for x in (change.mean, change.low, change.high)]}
+            row |= {"times_the_flops_of_shared": round(flops / _mean([o.flops for _, o in theirs]), 3)}
+            row |= {"times_the_seconds_of_shared": round(seconds / _mean([o.seconds for _, o in theirs]), 3)}
+        elif flops:
+            self.base = {g.id: pair for g, *pair in zip(groups, values, outcomes, strict=True)}
+        print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
+        if self.save:
+            append_row("cost", row)
+
+    def listwise(self, engine: Engine, model: str, jobs: int | None = None) -> None:
+        stack = stack_of(engine, None)
+        self.run("first token", model, stack, lambda g: windows(g, first_token(engine)), jobs)
+        self.run("written", model, stack, lambda g: windows(g, written(engine, False)), jobs)
+        self.run("with reasons", model, stack, lambda g: windows(g, written(engine, True)), jobs)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def stack_of(engine: Engine, adapter: str | None) -> str:
+    stack = engine.rank("x", ["y"], adapter=adapter).stack
+    return f"{stack.base_digest} {stack.adapter_digest or ''}"
+
+
+def by_prior(group: Group) -> Outcome:
+    return Outcome([c.id for c in sorted(group.candidates, key=lambda c: -c.prior)], 0.0, 0.0)
 
 
 def main() -> None:
@@ -152,54 +213,43 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--adapter")
-    parser.add_argument("--larger", nargs="*", default=["qwen2.5-coder-0.5b"])
-    parser.add_argument("--jobs", type=int, default=24)
+    parser.add_argument("--larger", nargs="*", default=["qwen2.5-coder-0.5b"], metavar="NAME[=JOBS]")
+    parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
 
     def some(split: str, count: int) -> list[Group]:
-        groups = read_groups(args.data / f"{split}.jsonl")
-        chosen = [groups[i * len(groups) // count] for i in range(count)]
-        return [Group(g.id, g.job, g.candidates[: args.candidates], g.missed) for g in chosen]
+        groups = spread(read_groups(args.data / f"{split}.jsonl"), count)
+        return [Group(g.id, g.job, g.candidates[: args.candidates], g.missed) for g in groups]
 
-    groups, fit = some("test", args.jobs), some("dev", 12)
-    base: dict[str, Any] = {}
-
-    def told(way: str, model: str, outcomes: list[Outcome]) -> None:
-        report(way, model, outcomes, groups, base, not args.no_save)
-
-    told("first stage", "bm25 + minilm", [by_prior(g) for g in groups])
+    study = Study(some("test", args.jobs), not args.no_save)
+    study.run("first stage", "bm25 + minilm", str(args.data.resolve()), by_prior)
     with Engine(args.model, max_lora_rank=64) as engine:
         name = None
         if args.adapter:
             name = "tuned"
             engine.load_adapter(name, args.adapter)
-        tuned = f"{args.model}, tuned" if name else args.model
-        told("shared", tuned, [shared(engine, g, name) for g in groups])
-        told("alone", tuned, [alone(engine, g, name) for g in groups])
-        jobs = [(g.job, people_of(g, tuned=True)) for g in fit]
+        tuned, stack = f"{args.model}, tuned" if name else args.model, stack_of(engine, name)
+        study.run("shared", tuned, stack, lambda g: shared(engine, g, name))
+        study.run("alone", tuned, stack, lambda g: alone(engine, g, name))
         bounds = engine.fit_cascade(
-            jobs, prefix_tokens=0, confidence=0.8, adapter=name, max_tokens_per_candidate=MOST_TOKENS
+            [(g.job, people_of(g, tuned=True)) for g in some("dev", 12)],
+            prefix_tokens=0,
+            confidence=CONFIDENCE,
+            adapter=name,
+            max_tokens_per_candidate=MOST_TOKENS,
         )
-        told("cascade", tuned, [shared(engine, g, name, bounds) for g in groups])
-        listwise(engine, args.model, groups, told)
-    for model in args.larger:
+        study.run("cascade", tuned, stack, lambda g: shared(engine, g, name, bounds))
+        study.run("with notes", tuned, stack, lambda g: shared(engine, g, name, notes=NOTE_TOKENS))
+        study.listwise(engine, args.model)
+    for model, _, jobs in (larger.partition("=") for larger in args.larger):
+        count = int(jobs) if jobs else None
         with Engine(model) as engine:
-            told("shared", model, [shared(engine, g, None) for g in groups])
-            listwise(engine, model, groups, told)
-
-
-def by_prior(group: Group) -> Outcome:
-    return Outcome([c.id for c in sorted(group.candidates, key=lambda c: -c.prior)], 0.0, 0.0)
-
-
-def listwise(
-    engine: Engine, model: str, groups: Sequence[Group], told: Callable[[str, str, list[Outcome]], None]
-) -> None:
-    told("first token", model, [windows(g, first_token(engine)) for g in groups])
-    told("written", model, [windows(g, written(engine, False)) for g in groups])
-    told("with reasons", model, [windows(g, written(engine, True)) for g in groups])
+            stack = stack_of(engine, None)
+            study.run("shared", model, stack, lambda g, e=engine: shared(e, g, None), count)
+            study.run("with notes", model, stack, lambda g, e=engine: shared(e, g, None, notes=NOTE_TOKENS), count)
+            study.listwise(engine, model, count)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""How well things rank: the crosswalk collection, words and vectors beside language models, with paired intervals.
+"""How well things rank: two collections, words and vectors beside language models, with paired intervals.
 
-    python -m bench.quality --source DIR [--split test] [--system base NAME=ADAPTER ...] [--jobs N]
+    python -m bench.quality --source DIR [--collection crosswalk] [--split test] [--system base NAME=ADAPTER ...] [--jobs N]
 
-DIR holds esco-onet-crosswalk/ (see `uma data build`): O*NET occupations ask, as title and text or as tasks alone, which read like a post;
-ESCO occupations answer, judged by experts. BM25, MiniLM and their fusion search all of it; language models rank the fusion's best 100, by
-what they read alone and (`NAME+prior`) with the log-odds that the first stage gives; `prior` is those log-odds alone. `base` is the model
-without an adapter. Splits are those of training: `dev` chose adapters, `test` chose nothing.
+DIR holds esco-onet-crosswalk/ and onet-29.2/ (see `uma data build`). Occupations of O*NET ask, as title and text or as tasks alone, which
+read like a post. In `crosswalk` ESCO occupations answer, judged by experts. In `related` the occupations that O*NET relates to the one that
+asks answer, graded 3, 2 and 1 by tier (primary short, primary long, supplemental): no adapter was trained on these grades.
+
+BM25, MiniLM and their fusion search all of a collection; language models rank the fusion's best 100, by what they read alone and
+(`NAME+prior`) with the log-odds that the first stage gives; `prior` is those log-odds alone. `base` is the model without an adapter. Splits
+are those of training: `dev` chose adapters, `test` chose nothing.
 
 Scores of models are kept under build/quality/ as they come, so that a run that was stopped goes on. Rows go to bench/results/quality.jsonl:
 nDCG@10 with gain 2^g - 1 by ir-measures, and the mean difference to MiniLM and to the fusion with its 95 % bootstrap interval.
@@ -27,8 +30,11 @@ from typing import Any
 from bench.rows import ROOT, append_row
 from uma_engine.ranking.metrics import paired_bootstrap
 from uma_engine.train.groups import spread
-from uma_engine.train.occupations import DEV_MAJORS, TEST_MAJORS, first_stages, read_collection
+from uma_engine.train.occupations import DEV_MAJORS, TEST_MAJORS, first_stages, read_collection, read_table
 
+Grades = Mapping[str, Mapping[str, int]]  # of each SOC code: grades by document
+TIERS = {"Primary-Short": 3, "Primary-Long": 2, "Supplemental": 1}
+STATEMENTS = 6  # of a query made of tasks
 KEPT = ROOT / "build" / "quality"
 POOL = 100
 MAJORS = {"dev": DEV_MAJORS, "test": TEST_MAJORS}
@@ -46,8 +52,29 @@ class Query:
         return self.id.partition("/")[2]
 
     @property
+    def soc(self) -> str:
+        return self.id.partition("/")[0]
+
+    @property
     def major(self) -> str:
         return self.id[:2]
+
+
+def read_related(source: Path) -> tuple[dict[str, str], list[tuple[str, str]], Grades]:
+    """O*NET's related occupations: titles and descriptions by SOC code, (SOC code/form, text) of every query, grades."""
+    home = source / "onet-29.2"
+    corpus = {
+        r["O*NET-SOC Code"]: f"{r['Title']}. {r['Description']}" for r in read_table(home / "Occupation_Data.txt")
+    }
+    tasks: dict[str, list[str]] = defaultdict(list)
+    for row in read_table(home / "Task_Statements.txt"):
+        tasks[row["O*NET-SOC Code"]].append(row["Task"])
+    grades: dict[str, dict[str, int]] = defaultdict(dict)
+    for row in read_table(home / "Related_Occupations.txt"):
+        grades[row["O*NET-SOC Code"]][row["Related O*NET-SOC Code"]] = TIERS[row["Relatedness Tier"]]
+    queries = [(f"{soc}/title_text", corpus[soc]) for soc in grades]
+    queries += [(f"{soc}/tasks", " ".join(tasks[soc][:STATEMENTS])) for soc in grades if len(tasks[soc]) >= STATEMENTS]
+    return corpus, queries, grades
 
 
 def model_run(
@@ -88,7 +115,7 @@ def ordered(pools: Run, queries: Sequence[Query], odds: Mapping[str, Mapping[str
     return {q.id: sorted(pools[q.id], key=lambda doc: (-odds[q.id][doc], pools[q.id].index(doc))) for q in queries}
 
 
-def ndcg_of(run: Run, qrels: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+def ndcg_of(run: Run, qrels: Grades) -> dict[str, float]:
     """nDCG@10 of each query."""
     import ir_measures
     from ir_measures import nDCG
@@ -122,6 +149,7 @@ def rows_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--source", type=Path, required=True)
+    parser.add_argument("--collection", choices=("crosswalk", "related"), default="crosswalk")
     parser.add_argument("--split", choices=MAJORS, nargs="+", default=["test"])
     parser.add_argument("--system", nargs="+", default=["base"], metavar="NAME[=ADAPTER]")
     parser.add_argument("--model", default="smollm2-135m")
@@ -129,17 +157,17 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, help="so many of each form, spread over the majors")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
-    corpus, asked, grades = read_collection(args.source)
+    corpus, asked, grades = (read_related if args.collection == "related" else read_collection)(args.source)
     majors = frozenset().union(*(MAJORS[s] for s in args.split))
     queries = [Query(i, text) for i, text in asked if i[:2] in majors and grades.get(i.partition("/")[0])]
     if args.jobs:
         forms = sorted({q.form for q in queries})
         queries = [q for form in forms for q in spread([q for q in queries if q.form == form], args.jobs)]
-    qrels = {q.id: grades[q.id.partition("/")[0]] for q in queries}
+    qrels = {q.id: grades[q.soc] for q in queries}
     stages = first_stages([q.text for q in queries], corpus, lambda line: print(line, file=sys.stderr, flush=True))
     runs: dict[str, Run] = {
-        name: {q.id: docs[:POOL] for q, docs in zip(queries, getattr(stages, name), strict=True)}
-        for name in ("bm25", "minilm", "fused")
+        name: {q.id: [doc for doc in docs if doc != q.soc][:POOL] for q, docs in zip(queries, found, strict=True)}
+        for name, found in (("bm25", stages.bm25), ("minilm", stages.minilm), ("fused", stages.fused))
     }
     priors = {q.id: odds for q, odds in zip(queries, stages.priors, strict=True)}
     runs["prior"] = ordered(runs["fused"], queries, priors)
@@ -156,6 +184,7 @@ def main() -> None:
         for row in rows_of(name, values[name], others, queries):
             row = {
                 "bench": "quality",
+                "collection": args.collection,
                 "split": "+".join(args.split),
                 "model": args.model,
                 "precision": args.precision,

@@ -188,14 +188,20 @@ def _interval(values: Sequence[float] | None) -> str:
 
 def quality_section(rows: Sequence[Row]) -> str:
     parts = []
-    for split in dict.fromkeys(row["split"] for row in rows):
+    rows = [{"collection": "crosswalk"} | dict(row) for row in rows]
+    for part in dict.fromkeys((row["collection"], row["split"]) for row in rows):
         chosen = newest(
-            [r for r in rows if r["split"] == split], lambda r: (r["form"], r["system"], r["model"], r["precision"])
+            [r for r in rows if (r["collection"], r["split"]) == part],
+            lambda r: (
+                r["form"],
+                r["system"],
+                r["model"] if of_model(r) else "",
+                r["precision"] if of_model(r) else "",
+            ),
         )
         body = [
             (
-                r["form"], r["system"], r["model"] if "+" in r["system"] or r["system"] in ("base", "tuned") else "",
-                r["precision"] if r["system"] not in ("bm25", "minilm", "fused", "prior") else "", r["queries"],
+                r["form"], r["system"], r["model"] if of_model(r) else "", r["precision"] if of_model(r) else "", r["queries"],
                 f"{r['ndcg_10']:.4f}", _interval(r.get("over_minilm")), _interval(r.get("over_fused")),
                 f"{r['worst_major_over_fused']:+.3f}",
             )
@@ -205,8 +211,13 @@ def quality_section(rows: Sequence[Row]) -> str:
             "query", "system", "model", "precision", "queries", "nDCG@10", "over MiniLM", "over the fusion",
             "worst major group over the fusion",
         )  # fmt: skip
-        parts.append(f"### {split}\n\n{table(header, body)}\n\n{source(chosen)}\n")
+        parts.append(f"### {part[0]}, {part[1]}\n\n{table(header, body)}\n\n{source(chosen)}\n")
     return "\n".join(parts)
+
+
+def of_model(row: Row) -> bool:
+    """Whether a row of `quality` is of a language model, not of the first stage."""
+    return row["system"] not in ("bm25", "minilm", "fused", "prior")
 
 
 def cascade_section(rows: Sequence[Row]) -> str:
@@ -387,12 +398,12 @@ def adapters_section(rows: Sequence[Row]) -> str:
 
 
 def cost_page(rows: Sequence[Row]) -> str:
-    chosen = newest(rows, lambda r: (r["way"], r["model"], r["candidates"], r["jobs"]))
+    chosen = newest(rows, lambda r: (r["way"], r["model"], r["candidates"]))
     body = [
         (
             r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
             f"{r.get('times_the_flops_of_shared', 1):.2f}",
-            f"{r['seconds_query']:.2f}" + (f" (beside {r['beside']})" if "beside" in r else ""),
+            f"{r['seconds_query']:.2f}" + (" (beside other work)" if r.get("others_share", 0) > 0.1 or "beside" in r else ""),
             f"{r.get('times_the_seconds_of_shared', 1):.2f}", f"{r['seconds_query'] / 3600 * PRICE * 1e6:,.0f}",
         )
         for r in chosen
@@ -413,7 +424,7 @@ PRICE = 0.085  # USD an hour, of two virtual CPUs with 4 GiB on demand at a larg
 SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("peers", "Against other engines, CPU", peers_section),
     ("accuracy", "What a precision costs in accuracy", accuracy_section),
-    ("quality", "How well it ranks: held-out occupations of the crosswalk", quality_section),
+    ("quality", "How well it ranks: held-out occupations", quality_section),
     ("specialists", "Two more specialists on the same base", specialists_section),
     ("cascade", "Who is not read to the end", cascade_section),
     ("index", "The first stage over a pool", index_section),

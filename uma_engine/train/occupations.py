@@ -17,7 +17,7 @@ import csv
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from uma_engine.errors import InvalidRequest, InvariantViolation, MissingPackage
 from uma_engine.train.artifact import write_json
 from uma_engine.train.groups import Group, Judged, file_digest, write_groups
 
-__all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "first_stages", "read_collection", "split_of"]
+__all__ = ["DEV_MAJORS", "TEST_MAJORS", "build", "first_stages", "read_collection", "read_table", "split_of"]
 
 # SOC major groups. 13, 17, 27, 43 and 55 have no jobs in the collection.
 DEV_MAJORS = frozenset({"21", "33", "41", "47"})
@@ -217,19 +217,20 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _grades(path: Path) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = defaultdict(dict)
-    for row in _table(path):
+    for row in read_table(path):
         found[row["query-id"]][row["corpus-id"]] = int(row["score"])
     return found
 
 
 def _statements(path: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
-    for row in _table(path):
+    for row in read_table(path):
         found[row["O*NET-SOC Code"]].append(row["Task"])
     return found
 
 
-def _table(path: Path) -> Iterable[dict[str, str]]:
+def read_table(path: Path) -> Iterator[dict[str, str]]:
+    """Rows of a file whose fields are parted by tabs. Errors: InvalidRequest"""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             yield from csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)

@@ -10,6 +10,7 @@ by job, with no prefix cache between jobs. Goal: 2x at a loss of at most 0.002. 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,6 @@ def main() -> None:
         if args.adapter:
             name = "tuned"
             engine.load_adapter(name, args.adapter)
-        plain = [_timed(engine, g, name, None) for g in test]
         for prefix in args.prefix:
             jobs = [(g.job, people(g)[:40]) for g in fit]
             for confidence in args.confidence:
@@ -65,11 +65,12 @@ def main() -> None:
                     adapter=name,
                     max_tokens_per_candidate=MOST_TOKENS,
                 )
-                found, again = [], []
+                found, plain = [], []
                 for group in test:
-                    again.append(_timed(engine, group, name, None))
+                    plain.append(_timed(engine, group, name, None))
                     found.append(_timed(engine, group, name, bounds))
-                ratios = quantiles([a["seconds"] / f["seconds"] for a, f in zip(again, found, strict=True)])
+                    print(f"  {len(found)}/{len(test)}", end="\r", file=sys.stderr, flush=True)
+                ratios = quantiles([p["seconds"] / f["seconds"] for p, f in zip(plain, found, strict=True)])
                 loss = paired_bootstrap([f["ndcg"] for f in found], [p["ndcg"] for p in plain])
                 tokens = sum(p["tokens"] for p in plain) / sum(f["tokens"] for f in found)
                 whole = sum(f["whole"] for f in found) / sum(len(g.candidates) for g in test)
@@ -77,7 +78,7 @@ def main() -> None:
                     "bench": "cascade", "model": args.model, "tuned": bool(args.adapter), "precision": args.precision,
                     "prefix_tokens": prefix, "confidence": confidence, "jobs": len(test),
                     "times": round(ratios[1], 3), "times_p20": round(ratios[0], 3), "times_p80": round(ratios[2], 3),
-                    "tokens_ratio": round(tokens, 3), "whole_share": round(whole, 3),
+                    "tokens_ratio": round(tokens, 3), "whole_share": round(whole, 3), "offset": args.offset,
                     "ndcg": round(sum(p["ndcg"] for p in plain) / len(plain), 4),
                     "ndcg_change": [round(x, 4) for x in (loss.mean, loss.low, loss.high)],
                     "others_share": others.read(),

@@ -1,6 +1,6 @@
 """What a ranking costs beside how good it is: this engine's way against a model that writes the ranking, and against larger models.
 
-    python -m bench.cost --data DIR [--adapter DIR] [--jobs 200] [--candidates 20] [--larger qwen2.5-coder-0.5b=40 ...]
+    python -m bench.cost --data DIR [--adapter DIR] [--jobs 200] [--slow-jobs 60] [--candidates 20] [--larger qwen2.5-coder-0.5b=40 ...]
 
 DIR holds test.jsonl of `uma data build`; of each job the first stage's best candidates are ranked. FLOPs are those of the linear layers for
 the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 2507.06223), without a model of hardware. The ways:
@@ -14,9 +14,10 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     written       the same windows, the order written out
     with reasons  the same, after a paragraph of reasons
 
-A larger model may answer fewer jobs (NAME=JOBS): some of those of the small one, spread over them, and it is compared on these alone. Every
-answer is kept under build/cost/ as it comes, so that a run that was stopped goes on. Rows go to bench/results/cost.jsonl: nDCG@10, FLOPs a
-query, queries and nDCG a PFLOP, seconds, and the share of the machine that other processes had meanwhile.
+Ways that compute more may answer fewer jobs (`--slow-jobs`), as may a larger model (NAME=JOBS): some of all jobs, spread over them, and a
+comparison is on these alone. Every answer is kept under bench/results/cost/ as it comes, so that a run that was stopped goes on. Rows go
+to bench/results/cost.jsonl: nDCG@10, FLOPs a query, queries and nDCG a PFLOP, CPU seconds, which other work on the machine hardly moves,
+seconds, and the share of the machine that other processes had meanwhile.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.rows import ROOT, OthersShare, append_row
+from bench.rows import RESULTS, OthersShare, append_row
 from uma_engine import Candidate, Engine, SamplingParams
 from uma_engine.ranking.metrics import ndcg, paired_bootstrap
 from uma_engine.train.groups import Group, read_groups, spread
 
-KEPT = ROOT / "build" / "cost"
+KEPT = RESULTS / "cost"
 MOST_TOKENS = 64  # of a candidate, as in training
 WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
@@ -53,11 +54,12 @@ REASONS = "First say in a short paragraph what the job asks for and who has it."
 
 @dataclass
 class Outcome:
-    """One job, one way."""
+    """One job, one way. CPU seconds are those of all threads: what other processes take meanwhile is not in them."""
 
     order: list[str]
     flops: float
     seconds: float
+    cpu_seconds: float = 0.0
     others_share: float = 0.0
 
 
@@ -138,30 +140,31 @@ class Study:
     base: dict[str, tuple[float, Outcome]] = field(default_factory=dict)  # of each job: nDCG and outcome of `shared`
 
     def run(self, way: str, model: str, stack: str, judge: Callable[[Group], Outcome], jobs: int | None = None) -> None:
-        """One way: `stack` names what decides its answers beside the way itself."""
+        """One way: `stack` names what decides its answers beside the way itself; `jobs`: of so many of the study's."""
         groups = self.groups if jobs is None else spread(self.groups, jobs)
         settings = (way, stack, MOST_TOKENS, WINDOW, STEP, WORDS, ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS, CONFIDENCE)
-        path = KEPT / f"{hashlib.sha256(repr(settings).encode()).hexdigest()[:16]}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done: dict[str, Outcome] = {}
-        if path.exists():
-            kept = [json.loads(line) for line in path.read_text().splitlines()]
-            done = {row.pop("job"): Outcome(**row) for row in kept}
-        names = {g.id: f"{g.id} {len(g.candidates)}" for g in groups}
-        missing = [g for g in groups if names[g.id] not in done]
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+        path = KEPT / f"{re.sub('[^a-z0-9.]+', '-', f'{way} {model}')}-{digest}.jsonl"
+        done = _kept(path)
+        missing = [g for g in groups if _key(g) not in done]
         began = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             for number, group in enumerate(missing, 1):
-                others = OthersShare()
+                others, used = OthersShare(), time.process_time()
                 outcome = judge(group)
+                outcome.cpu_seconds = time.process_time() - used
                 outcome.others_share = others.read()
-                done[names[group.id]] = outcome
-                file.write(json.dumps({"job": names[group.id], **asdict(outcome)}) + "\n")
+                done[_key(group)] = asdict(outcome) | {"order": _places(group, outcome.order)}
+                file.write(json.dumps({"job": _key(group), **done[_key(group)]}) + "\n")
                 file.flush()
                 if number % 10 == 0 or number == len(missing):
                     left = (time.perf_counter() - began) / number * (len(missing) - number)
                     print(f"  {way}, {model}: {number}/{len(missing)}, {left / 60:.0f} min left", file=sys.stderr)
-        self._report(way, model, groups, [done[names[g.id]] for g in groups])
+        outcomes = [
+            Outcome(**done[_key(g)] | {"order": [g.candidates[i].id for i in done[_key(g)]["order"]]}) for g in groups
+        ]
+        self._report(way, model, groups, outcomes)
 
     def _report(self, way: str, model: str, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
         values = [
@@ -174,14 +177,16 @@ class Study:
             "ndcg_10": round(_mean(values), 4), "gflop_query": round(flops / 1e9, 2),
             "queries_pflop": round(1e15 / flops, 1) if flops else None,
             "ndcg_pflop": round(_mean(values) * 1e15 / flops, 2) if flops else None,
-            "seconds_query": round(seconds, 3), "others_share": round(_mean([o.others_share for o in outcomes]), 3),
+            "seconds_query": round(seconds, 3), "cpu_seconds_query": round(_mean([o.cpu_seconds for o in outcomes]), 3),
+            "others_share": round(_mean([o.others_share for o in outcomes]), 3),
         }  # fmt: skip
         if self.base:
             theirs = [self.base[g.id] for g in groups]
             change = paired_bootstrap(values, [value for value, _ in theirs])
             row |= {"over_shared": [round(x, 4) for x in (change.mean, change.low, change.high)]}
             row |= {"times_the_flops_of_shared": round(flops / _mean([o.flops for _, o in theirs]), 3)}
-            row |= {"times_the_seconds_of_shared": round(seconds / _mean([o.seconds for _, o in theirs]), 3)}
+            used = _mean([o.cpu_seconds for o in outcomes]) / _mean([o.cpu_seconds for _, o in theirs])
+            row |= {"times_the_cpu_seconds_of_shared": round(used, 3)}
         elif flops:
             self.base = {g.id: pair for g, *pair in zip(groups, values, outcomes, strict=True)}
         print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
@@ -193,6 +198,25 @@ class Study:
         self.run("first token", model, stack, lambda g: windows(g, first_token(engine)), jobs)
         self.run("written", model, stack, lambda g: windows(g, written(engine, False)), jobs)
         self.run("with reasons", model, stack, lambda g: windows(g, written(engine, True)), jobs)
+
+
+def _key(group: Group) -> str:
+    return f"{group.id} {len(group.candidates)}"
+
+
+def _places(group: Group, order: Sequence[str]) -> list[int]:
+    places = {c.id: i for i, c in enumerate(group.candidates)}
+    return [places[name] for name in order]
+
+
+def _kept(path: Path) -> dict[str, dict[str, Any]]:
+    """What an earlier run has written, by job."""
+    found: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            found[row.pop("job")] = row
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -215,6 +239,7 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--larger", nargs="*", default=["qwen2.5-coder-0.5b"], metavar="NAME[=JOBS]")
     parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--slow-jobs", type=int, help="of the ways beside `shared` and `cascade`; all by default")
     parser.add_argument("--candidates", type=int, default=20)
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
@@ -232,7 +257,6 @@ def main() -> None:
             engine.load_adapter(name, args.adapter)
         tuned, stack = f"{args.model}, tuned" if name else args.model, stack_of(engine, name)
         study.run("shared", tuned, stack, lambda g: shared(engine, g, name))
-        study.run("alone", tuned, stack, lambda g: alone(engine, g, name))
         bounds = engine.fit_cascade(
             [(g.job, people_of(g, tuned=True)) for g in some("dev", 12)],
             prefix_tokens=0,
@@ -241,8 +265,9 @@ def main() -> None:
             max_tokens_per_candidate=MOST_TOKENS,
         )
         study.run("cascade", tuned, stack, lambda g: shared(engine, g, name, bounds))
-        study.run("with notes", tuned, stack, lambda g: shared(engine, g, name, notes=NOTE_TOKENS))
-        study.listwise(engine, args.model)
+        study.run("alone", tuned, stack, lambda g: alone(engine, g, name), args.slow_jobs)
+        study.run("with notes", tuned, stack, lambda g: shared(engine, g, name, notes=NOTE_TOKENS), args.slow_jobs)
+        study.listwise(engine, args.model, args.slow_jobs)
     for model, _, jobs in (larger.partition("=") for larger in args.larger):
         count = int(jobs) if jobs else None
         with Engine(model) as engine:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,16 @@ def _write_hub_directory(files: Any, target: Path) -> None:
     """The dequantised weights as a transformers directory with a tokenizer whose ids are the same."""
     import transformers
 
+    from uma_engine.errors import UnsupportedModel
     from uma_engine.train.base_model import transformers_model
 
     shutil.rmtree(target, ignore_errors=True)
-    transformers_model(files, transformers.AutoModelForCausalLM).save_pretrained(target)
+    try:
+        model = transformers_model(files, transformers.AutoModelForCausalLM)
+    except UnsupportedModel as error:
+        print(f"no transformers directory, so only peers that read the file itself: {error}", file=sys.stderr)
+        return
+    model.save_pretrained(target)
     tokenizer, end = files.tokenizer, files.tokenizer.eos_id
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.library,

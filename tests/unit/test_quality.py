@@ -69,3 +69,22 @@ def test_a_rows_command_names_no_place_of_a_machine() -> None:
     assert without_place("tuned=/somewhere/out") == "tuned=out"
     assert without_place(f"--data={ROOT}/examples/data") == "--data=examples/data"
     assert [without_place(a) for a in ("--jobs", "60", "a/b", "x=1")] == ["--jobs", "60", "a/b", "x=1"]
+
+
+def test_related_occupations_are_graded_by_tier(tmp_path: Path) -> None:
+    home = tmp_path / "onet-29.2"
+    home.mkdir()
+    (home / "Occupation_Data.txt").write_text(
+        'O*NET-SOC Code\tTitle\tDescription\n15-1.00\tCoders\tWrite "code".\n15-2.00\tTesters\tTest.\n29-1.00\tNurses\tCare.\n'
+    )
+    statements = [f"15-1.00\t{n}\tTask {n}." for n in range(8)] + ["15-2.00\t9\tOnly one."]
+    (home / "Task_Statements.txt").write_text("\n".join(["O*NET-SOC Code\tTask ID\tTask", *statements]))
+    (home / "Related_Occupations.txt").write_text(
+        "O*NET-SOC Code\tRelated O*NET-SOC Code\tRelatedness Tier\tIndex\n"
+        "15-1.00\t15-2.00\tPrimary-Short\t1\n15-1.00\t29-1.00\tSupplemental\t2\n15-2.00\t15-1.00\tPrimary-Long\t1\n"
+    )
+    corpus, queries, grades = quality.read_related(tmp_path)
+    assert corpus["15-1.00"] == 'Coders. Write "code".'
+    assert grades == {"15-1.00": {"15-2.00": 3, "29-1.00": 1}, "15-2.00": {"15-1.00": 2}}
+    assert dict(queries)["15-1.00/tasks"].startswith("Task 0. Task 1.")
+    assert [name for name, _ in queries] == ["15-1.00/title_text", "15-2.00/title_text", "15-1.00/tasks"]

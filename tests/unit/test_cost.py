@@ -1,0 +1,87 @@
+"""The cost bench on a tiny model: a run that was stopped goes on, and every comparison is on the same jobs."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import cost
+from tests.tiny import make_tiny_model
+from uma_engine import Engine
+from uma_engine.train.groups import Group, Judged
+
+WORDS = "rust nurse tax paint violin kernel sales excel law music care linux".split()  # noqa: SIM905
+
+
+def some_groups(count: int, people: int) -> list[Group]:
+    rng = random.Random(3)
+    return [
+        Group(
+            f"g{n}",
+            " ".join(rng.choices(WORDS, k=6)),
+            tuple(
+                Judged(f"p{i}", " ".join(rng.choices(WORDS, k=9)), rng.randrange(4), rng.random())
+                for i in range(people)
+            ),
+        )
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr(cost, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(cost, "append_row", lambda area, row: found.append(row))
+    return found
+
+
+def test_a_stopped_run_goes_on(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    groups, asked = some_groups(5, 4), []
+
+    def judge(group: Group) -> cost.Outcome:
+        asked.append(group.id)
+        return cost.Outcome([c.id for c in group.candidates], 1e9 * len(asked), 0.5)
+
+    cost.Study(groups[:3], save=True).run("shared", "m", "stack", judge)
+    cost.Study(groups, save=True).run("shared", "m", "stack", judge)
+    assert asked == ["g0", "g1", "g2", "g3", "g4"]
+    cost.Study(groups[:1], save=True).run("shared", "m", "another stack", judge)
+    assert asked[5:] == ["g0"]
+    assert [row["jobs"] for row in rows] == [3, 5, 1]
+    assert rows[1]["gflop_query"] == 3.0
+
+
+def test_a_model_of_fewer_jobs_is_compared_on_these(rows: list[dict[str, Any]]) -> None:
+    groups = some_groups(6, 4)
+    study = cost.Study(groups, save=True)
+    by_grade = {g.id: [c.id for c in sorted(g.candidates, key=lambda c: -c.grade)] for g in groups}
+    study.run("shared", "m", "s", lambda g: cost.Outcome(by_grade[g.id], 1e9 * (1 + groups.index(g)), 1.0))
+    study.run("shared", "large", "l", lambda g: cost.Outcome(by_grade[g.id][::-1], 8e9, 4.0), 2)
+    small, large = rows
+    assert small["ndcg_10"] == 1.0
+    assert large["jobs"] == 2
+    assert large["times_the_flops_of_shared"] == pytest.approx(8 / 2.5)  # of the jobs of places 0 and 3: 1 and 4
+    assert large["over_shared"][0] == pytest.approx(large["ndcg_10"] - 1.0, abs=1e-4)
+
+
+def test_all_ways_on_a_tiny_model(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    groups = some_groups(2, 12)
+    with Engine(make_tiny_model(tmp_path / "tiny"), max_model_len=2048) as engine:
+        study = cost.Study(groups, save=True)
+        study.run("shared", "tiny", "s", lambda g: cost.shared(engine, g, None))
+        study.run("alone", "tiny", "s", lambda g: cost.alone(engine, g, None))
+        study.run("with notes", "tiny", "s", lambda g: cost.shared(engine, g, None, notes=4))
+        study.listwise(engine, "tiny")
+    assert [row["way"] for row in rows] == ["shared", "alone", "with notes", "first token", "written", "with reasons"]
+    assert rows[0]["ndcg_10"] == rows[1]["ndcg_10"], "a shared job changes no score"
+    assert rows[1]["times_the_flops_of_shared"] > 1
+    assert rows[2]["times_the_flops_of_shared"] > 1
+    kept = [json.loads(line) for path in cost.KEPT.iterdir() for line in path.read_text().splitlines()]
+    assert len(kept) == 12
+    assert all(row["cpu_seconds"] > 0 for row in kept)
+    assert all(sorted(row["order"]) == list(range(12)) for row in kept if len(row["order"]) != 10), "nobody is lost"

@@ -54,13 +54,14 @@ def source(rows: Sequence[Row]) -> str:
 
 def peers_section(rows: Sequence[Row]) -> str:
     parts = []
-    for model in dict.fromkeys(row["model"] for row in rows):
+    for model, backend in dict.fromkeys((row["model"], _backend(row)) for row in rows):
         for task, title in TASKS.items():
-            chosen = newest([r for r in rows if r["task"] == task and r["model"] == model], lambda r: r["peer"])
-            if not chosen:
+            of = [r for r in rows if r["task"] == task and (r["model"], _backend(r)) == (model, backend)]
+            if not of:
                 continue
-            name = f"peers-{model}-{task.replace('_', '-')}.svg"
-            heading = f"{title.format(**chosen[0])}, {model}"
+            chosen = newest(of, lambda r: r["peer"])
+            name = f"peers-{model}-{backend}-{task.replace('_', '-')}.svg"
+            heading = f"{title.format(**chosen[0])}, {model}, a machine with {backend.removeprefix('cpp-').upper()}"
             versions = "; ".join(dict.fromkeys(r["peer_version"] for r in chosen))
             caption = [f"{source(chosen)} {chosen[0]['version']}.", f"Peers: {versions}."]
             (DOCS / name).write_text(bar_chart(heading, chosen[0]["unit"], _bars(chosen), caption))
@@ -68,6 +69,11 @@ def peers_section(rows: Sequence[Row]) -> str:
                 f"### {heading}\n\n![{heading}]({name})\n\n{_peers_table(chosen)}\n\n{source(chosen)} {versions}.\n"
             )
     return "\n".join(parts)
+
+
+def _backend(row: Row) -> str:
+    """Such as cpp-avx2: machines with other instructions are other races."""
+    return str(row["version"].split()[-1])
 
 
 def _bars(rows: Sequence[Row]) -> list[Bar]:

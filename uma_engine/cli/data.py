@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uma_engine.cli.console import write_line
+
+if TYPE_CHECKING:
+    from uma_engine.train.groups import Group
+    from uma_engine.train.synthetic import Occupation, Report
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +87,8 @@ def synthetic(args: argparse.Namespace) -> int:
     groups, report = generate(plan, occupations)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if args.rephrase:
+        groups, report = _rephrased(args.rephrase, groups, report, occupations, plan.seed)
     write_groups(out / "synthetic.jsonl", groups)
     write_json(out / "report.json", report.to_dict())
     worst = max(report.divergence.items(), key=lambda item: item[1])
@@ -88,3 +97,24 @@ def synthetic(args: argparse.Namespace) -> int:
         f" largest divergence {worst[1]:.5f} bits ({worst[0]})"
     )
     return 0
+
+
+def _rephrased(
+    model: str, groups: list[Group], report: Report, occupations: Sequence[Occupation], seed: int
+) -> tuple[list[Group], Report]:
+    from uma_engine import Engine
+    from uma_engine.train.rephrase import rephrase
+    from uma_engine.train.synthetic import near_duplicates
+
+    def say(done: int, total: int) -> None:
+        print(f"  {done}/{total} posts rephrased", file=sys.stderr, flush=True)  # noqa: T201
+
+    with Engine(model) as engine:
+        found = rephrase(groups, engine, (tool for o in occupations for tool in o.tools), seed=seed, say=say)
+    write_line(f"{len(found.kept)} of {len(groups)} posts in other words; kept as they were: {found.rejected}")
+    return list(found.groups), replace(
+        report,
+        rephrased=len(found.kept),
+        not_rephrased=found.rejected,
+        near_duplicates=round(near_duplicates([g.job for g in found.groups]), 5),
+    )

@@ -146,6 +146,8 @@ class Report:
     near_duplicates: float
     rejected: Mapping[str, int]
     attributes: Mapping[str, Mapping[str, str]]  # of every job
+    rephrased: int = 0
+    not_rephrased: Mapping[str, int] = field(default_factory=dict)  # posts that stayed as they were, by reason
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -222,7 +224,7 @@ def generate(plan: Plan, occupations: Sequence[Occupation]) -> tuple[list[Group]
         planned=planned,
         realised=realised,
         cells=len({tuple(sorted(a.items())) for a in attributes.values()}),
-        near_duplicates=round(_near_duplicates([g.job for g in groups]), 5),
+        near_duplicates=round(near_duplicates([g.job for g in groups]), 5),
         rejected=dict(rejected),
         attributes=attributes,
     )
@@ -398,10 +400,13 @@ class _Seen:
         return any(_alike(signature, other) >= NEAR for other in self._signatures)
 
 
-def _signature(text: str) -> tuple[int, ...]:
+def _shingles(text: str) -> set[str]:
     words = text.lower().split()
-    shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
-    hashes = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest()) for s in shingles]
+    return {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
+
+
+def _signature(text: str) -> tuple[int, ...]:
+    hashes = [int.from_bytes(hashlib.blake2b(s.encode(), digest_size=8).digest()) for s in _shingles(text)]
     mask = 2**61 - 1
     return tuple(min((h * (2 * k + 1) + k * 0x9E3779B97F4A7C15) % mask for h in hashes) for k in range(HASHES))
 
@@ -415,25 +420,38 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> float:
     return sum(x == y for x, y in zip(a, b, strict=True)) / len(a)
 
 
-def _near_duplicates(posts: Sequence[str]) -> float:
+def _wrong(group: Group, seen: _Seen) -> str | None:
+    if len({c.grade for c in group.candidates}) < 2:
+        return "one grade"
+    if copies(group):
+        return "copied words"
+    return "near duplicate" if seen.has_near(group.job) else None
+
+
+def copies(group: Group) -> bool:
+    """Whether the post and a profile share `COPIED` words in a row."""
+    words = group.job.split()
+    runs = {tuple(words[i : i + COPIED]) for i in range(len(words) - COPIED + 1)}
+    for c in group.candidates:
+        theirs = c.text.split()
+        if any(tuple(theirs[i : i + COPIED]) in runs for i in range(len(theirs) - COPIED + 1)):
+            return True
+    return False
+
+
+def word_overlap(a: str, b: str) -> float:
+    """Jaccard overlap of `SHINGLE` words in a row, from 0 to 1."""
+    ours, theirs = _shingles(a), _shingles(b)
+    return len(ours & theirs) / len(ours | theirs)
+
+
+def near_duplicates(posts: Sequence[str]) -> float:
     """Share of posts that are near an earlier one."""
     seen, found = _Seen(), 0
     for post in posts:
         found += seen.has_near(post)
         seen.add(post)
     return found / max(1, len(posts))
-
-
-def _wrong(group: Group, seen: _Seen) -> str | None:
-    if len({c.grade for c in group.candidates}) < 2:
-        return "one grade"
-    words = group.job.split()
-    runs = {tuple(words[i : i + COPIED]) for i in range(len(words) - COPIED + 1)}
-    for c in group.candidates:
-        theirs = c.text.split()
-        if any(tuple(theirs[i : i + COPIED]) in runs for i in range(len(theirs) - COPIED + 1)):
-            return "copied words"
-    return "near duplicate" if seen.has_near(group.job) else None
 
 
 def _dealt(shares: Mapping[str, float], count: int, seed: str) -> list[str]:

@@ -19,6 +19,10 @@ from uma_engine.train.synthetic import Occupation, Plan, generate
 pytest.importorskip("llguidance")
 
 TOOLS = ("Apache Kafka", "C++", "Rust", "Excel (2016)", "R&D Suite")
+DONE = (
+    ("Plan", "walls in towns"), ("Draw", "maps by hand"), ("Write", "songs with friends"), ("Cook", "menus for guests"),
+    ("Lay", "cables under roads"), ("Mend", "roofs after storms"), ("Keep", "budgets over years"), ("Give", "lessons at night"),
+)  # fmt: skip
 
 
 class Answer(NamedTuple):
@@ -31,13 +35,17 @@ def groups() -> list[Group]:
         Occupation(
             f"15-10{n}1.00",
             f"Worker {'abcdef'[n]}",
-            tuple(f"Plan the {thing} of the {'abcdef'[n]} kind." for thing in "walls maps songs menus cables roofs budgets lessons".split()),
+            tuple(f"{verb} {'abcdef'[n]} {thing}." for verb, thing in DONE),
             (),
             TOOLS,
         )
         for n in range(6)
     ]
-    plan = Plan(jobs=24, candidates=4, shares={"conflict": {"rate": 1, "hours": 1}, "vagueness": {"precise": 1}})
+    plan = Plan(
+        jobs=12,
+        candidates=4,
+        shares={"conflict": {"rate": 1, "hours": 1}, "vagueness": {"precise": 1}, "missing": {"none": 1}},
+    )
     return generate(plan, people)[0]
 
 
@@ -62,9 +70,11 @@ def test_a_random_model_keeps_every_fact_and_invents_no_number(groups: list[Grou
                 return found
 
         first = rephrase(groups, Recorded(), TOOLS, seed=3)
-        again = rephrase(groups, engine, TOOLS, seed=3)
-        assert rephrase(groups, engine, TOOLS, seed=4) != first
-    assert again == first, "a function of groups, seed and stack"
+        again = rephrase(groups[:4], engine, TOOLS, seed=3)
+        other = rephrase(groups[:4], engine, TOOLS, seed=4)
+    assert again.groups == first.groups[:4], "a function of groups, seed and stack"
+    assert first.kept
+    assert other.groups != again.groups
     assert len(answers) == len(groups)
     posts = {ASK.format(post=g.job): g.job for g in groups}
     for prompt, text in answers:
@@ -98,7 +108,7 @@ def test_what_a_filter_turns_down_stays_as_it_was(groups: list[Group], write: An
             return [Answer(json.dumps({"post": write(post)})) for post in posts]
 
     chosen = [g for g in groups if "Rust" not in g.job]
-    assert len(chosen) > 5
+    assert len(chosen) > 2
     found = rephrase(chosen, Fixed(), TOOLS)
     if reason is None:
         assert len(found.kept) == len(chosen)

@@ -244,7 +244,9 @@ def _parser() -> argparse.ArgumentParser:
     synthetic.add_argument("--all", action="store_true", help="also occupations that dev and test jobs are made of")
     synthetic.add_argument("--out", required=True, metavar="DIR", help="receives synthetic.jsonl and report.json")
     synthetic.add_argument(
-        "--rephrase", metavar="MODEL", help="says every post in other words that keep its numbers and tools (extra `words`)"
+        "--rephrase",
+        metavar="MODEL",
+        help="says every post in other words that keep its numbers and tools (extra `words`)",
     )
     synthetic.set_defaults(run=_lazy("data", "synthetic"))
     human = actions.add_parser(

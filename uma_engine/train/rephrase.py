@@ -28,7 +28,7 @@ ASK = (
 )
 NUMBER = re.compile(r"\d+(?: years| USD an hour| hours)?")
 TOOLS = re.compile(r"You work with [^\n]+?\.(?= Our budget| We need| Kind regards|$)")
-FREE = 160  # characters between two facts
+FREE = 120  # characters between two facts, at most
 LEAST = 0.4  # of the post's length, and at most twice it
 SAME = 0.6  # overlap of four words in a row with the template: nothing was rephrased
 AT_ONCE = 16
@@ -63,7 +63,7 @@ def facts_of(post: str) -> list[str]:
 
 def schema_of(post: str) -> dict[str, Any]:
     """A JSON schema that accepts `{"post": ...}` with the facts of `post` in order and no other digit."""
-    free = f"[^0-9\\\\\"\\n]{{0,{FREE}}}"
+    free = f'[^\\p{{N}}\\\\"\\n]{{0,{FREE}}}'
     pattern = free.join(("[A-Z]", *(re.escape(fact) for fact in facts_of(post)), "[.!]"))
     return {
         "type": "object",
@@ -71,6 +71,12 @@ def schema_of(post: str) -> dict[str, Any]:
         "required": ["post"],
         "additionalProperties": False,
     }
+
+
+def _most_tokens(post: str) -> int:
+    """Enough for the longest answer that the schema accepts, whatever a token spells."""
+    facts = facts_of(post)
+    return FREE * (len(facts) + 1) + len("".join(facts).encode()) + len('{"post":""}') + 8
 
 
 def rephrase(
@@ -98,7 +104,7 @@ def rephrase(
         part = groups[start : start + AT_ONCE]
         params = [
             SamplingParams(
-                max_tokens=96 + len(g.job) // 2,
+                max_tokens=_most_tokens(g.job),
                 temperature=temperature,
                 seed=seed + start + i,
                 json_schema=schema_of(g.job),

@@ -28,7 +28,7 @@ ASK = (
 )
 NUMBER = re.compile(r"\d+(?: years| USD an hour| hours)?")
 TOOLS = re.compile(r"You work with [^\n]+?\.(?= Our budget| We need| Kind regards|$)")
-FREE = 120  # characters between two facts, at most
+FREE = 140  # characters between two facts, at most
 LEAST = 0.4  # of the post's length, and at most twice it
 SAME = 0.6  # overlap of four words in a row with the template: nothing was rephrased
 AT_ONCE = 16
@@ -64,7 +64,7 @@ def facts_of(post: str) -> list[str]:
 def schema_of(post: str) -> dict[str, Any]:
     """A JSON schema that accepts `{"post": ...}` with the facts of `post` in order and no other digit."""
     free = f'[^\\p{{N}}\\\\"\\n]{{0,{FREE}}}'
-    pattern = free.join(("[A-Z]", *(re.escape(fact) for fact in facts_of(post)), "[.!]"))
+    pattern = free.join(("[A-Z]", *(f" {re.escape(fact)}[ .,;:!)]" for fact in facts_of(post)), "[.!]"))
     return {
         "type": "object",
         "properties": {"post": {"type": "string", "pattern": f"^{pattern}$"}},
@@ -76,7 +76,7 @@ def schema_of(post: str) -> dict[str, Any]:
 def _most_tokens(post: str) -> int:
     """Enough for the longest answer that the schema accepts, whatever a token spells."""
     facts = facts_of(post)
-    return FREE * (len(facts) + 1) + len("".join(facts).encode()) + len('{"post":""}') + 8
+    return (FREE + 2) * (len(facts) + 1) + len("".join(facts).encode()) + len('{"post":""}') + 8
 
 
 def rephrase(

@@ -9,76 +9,20 @@ from pathlib import Path
 
 import pytest
 
+from bench.market import GATES, Market, recipe_of
 from tests.tiny import make_tiny_model
 from uma_engine import Engine
 from uma_engine.cli.main import main
 from uma_engine.errors import InvalidRequest
-from uma_engine.ranking.metrics import ndcg
-from uma_engine.train.gates import Gates
 from uma_engine.train.groups import Group, Judged
 from uma_engine.train.learn import FREEZE, Shown, cycle
 from uma_engine.train.outcomes import Event, judged_jobs, planted, read_events
-from uma_engine.train.recipe import Evaluation, LoRA, Optimizer, Recipe, Sampling
 from uma_engine.train.registry import AdapterHistory
-
-SKILLS = ("rust", "nurse", "paint", "teach", "drive", "cook")
-TRAITS = ("remote", "certified", "fluent", "local")
-GATES = Gates(margin=0.05, lift=1e9)
-
-
-class Market:
-    """Jobs with eight candidates each. Clients hire whoever has the wanted trait, which changes when the market drifts."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.rng = random.Random(seed)
-        self.wanted = "certified"
-        self.shown: dict[str, tuple[str, dict[str, str]]] = {}
-        self.truth: dict[str, dict[str, int]] = {}
-
-    def run(self, jobs: int, start: int, poison: float = 0.0) -> list[Event]:
-        events = []
-        for n in range(start, start + jobs):
-            job, skill = f"job-{n}", self.rng.choice(SKILLS)
-            people = {
-                f"p{i}": f"I {self.rng.choice(SKILLS)} and I am {self.rng.choice(TRAITS)} {self.rng.randrange(9)}"
-                for i in range(8)
-            }
-            fit = {c: 3 * (self.wanted in text) for c, text in people.items()}
-            self.shown[job] = (f"We want one who can {skill}", people)
-            self.truth[job] = fit
-            good = [c for c in people if fit[c]] or list(people)
-            planted_here = self.rng.random() < poison
-            client = "rogue" if planted_here else f"client-{n % 25}"
-            if planted_here:
-                good = [c for c in people if "local" in people[c]] or list(people)
-            for place, (candidate, kind) in enumerate(
-                [(c, "hired") for c in good[:2]] + [(c, "viewed") for c in people]
-            ):
-                events.append(Event(f"{job}-{place}", n + place / 100, client, job, candidate, kind))
-        return events
-
-    def quality(self, engine: Engine, adapter: str | None, jobs: list[str]) -> float:
-        found = []
-        for job in jobs:
-            text, people = self.shown[job]
-            ids = list(people)
-            order = engine.rank(text, [people[i] for i in ids], adapter=adapter).results
-            grades = [self.truth[job][ids[r.index]] for r in order]
-            found.append(ndcg(grades, list(self.truth[job].values())) if any(grades) else 1.0)
-        return sum(found) / len(found)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("base") / "tiny")
-
-
-def recipe_of(base: Path, steps: int = 40) -> Recipe:
-    return Recipe(
-        name="market", base=str(base), train="train.jsonl", dev="dev.jsonl", threads=1, lora=LoRA(rank=8),
-        optimizer=Optimizer(learning_rate=0.02, jobs_per_step=4, epochs=20, max_steps=steps),
-        sampling=Sampling(candidates_per_job=8), evaluation=Evaluation(every=steps // 2, jobs=10),
-    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -129,9 +73,9 @@ def test_planted_feedback_is_left_out(base: Path, tmp_path: Path) -> None:
         events = market.run(160, 200, poison=0.08)
         shown: Shown = {e.job: market.shown[e.job] for e in events}
         result = cycle(engine, recipe_of(base), registry, "match", events, shown, tmp_path / "1", gates=GATES)
-    assert set(result.left_out) == {"rogue"}
+    assert set(result.left_out) == {"rogue-0"}
     texts = [json.loads(line) for line in (tmp_path / "1" / "train.jsonl").read_text().splitlines()]
-    by_rogue = {e.job for e in events if e.client == "rogue"}
+    by_rogue = {e.job for e in events if e.client == "rogue-0"}
     assert by_rogue
     assert not by_rogue & {g["id"] for g in texts}
 

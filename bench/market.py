@@ -2,9 +2,9 @@
 
     python -m bench.market [--runs 20] [--poison 0.05] [--rogues 1 5]
 
-Each run is a market of its own, over a tiny base: an adapter learns from honest outcomes and is promoted; then a share of the jobs is decided
-by clients who always hire whom nobody wants: one, or several who do not look alike. A run holds where no planted job is in the training data
-of what is promoted, or where that ranks a clean market's jobs as well as before, up to `LOSS` nDCG@10. Rows go to
+Each run is a market of its own, over a tiny base: an adapter learns from honest outcomes and is promoted; then a share of the jobs is
+decided by clients who always hire whom nobody wants: one, or several who do not look alike. A run holds where no planted job is in the
+training data of what is promoted, or where that ranks a clean market's jobs as well as before, up to `LOSS` nDCG@10. Rows go to
 bench/results/learning.jsonl.
 """
 

@@ -44,7 +44,9 @@ WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
 WORDS = 40  # of a candidate in a window
 ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS = 40, 120, 32
-CONFIDENCE = 0.6  # of the cascade's bounds: chosen on 24 other jobs, `bench.cascade`
+CONFIDENCE = (
+    0.6  # of the cascade's bounds: chosen on 24 held-out jobs, `bench.cascade`, some of which may be among these
+)
 ASK = (
     "Rank these candidates for the job, the best first.\n\nJob post:\n{job}\n\n{people}\n\n"
     "Answer with the letters of all candidates in order, such as B > A > C."

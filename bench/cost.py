@@ -14,10 +14,14 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     written       the same windows, the order written out
     with reasons  the same, after a paragraph of reasons
 
+Letters that an answer does not name keep their places, so an answer without an order is the first stage's: `as_given` is the share of
+jobs that came out exactly as they went in, and a way where it is large has a cost, but no order of its own.
+
 Ways that compute more may answer fewer jobs (`--slow-jobs`), as may a larger model (NAME=JOBS): some of all jobs, spread over them, and a
 comparison is on these alone. Every answer is kept under bench/results/cost/ as it comes, so that a run that was stopped goes on. Rows go
-to bench/results/cost.jsonl: nDCG@10, FLOPs a query, queries and nDCG a PFLOP, CPU seconds, which other work on the machine hardly moves,
-seconds, and the share of the machine that other processes had meanwhile.
+to bench/results/cost.jsonl: nDCG@10, FLOPs a query, queries and nDCG a PFLOP, CPU seconds, seconds, and the share of the machine that other
+processes had meanwhile. CPU seconds are of the jobs that were answered on a quiet machine, their ratios of jobs where both ways were; the
+ways run one after another, not in turns.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.rows import RESULTS, OthersShare, append_row
+from bench.rows import RESULTS, OthersShare, append_row, kept_rows
 from uma_engine import Candidate, Engine, SamplingParams
 from uma_engine.ranking.metrics import ndcg, paired_bootstrap
 from uma_engine.train.groups import Group, read_groups, spread
@@ -44,9 +48,12 @@ WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
 WORDS = 40  # of a candidate in a window
 ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS = 40, 120, 32
-CONFIDENCE = (
-    0.6  # of the cascade's bounds: chosen on 24 held-out jobs, `bench.cascade`, some of which may be among these
-)
+QUIET, LEAST_QUIET = (
+    0.1,
+    5,
+)  # largest share of the machine that others may have where CPU time counts; such jobs at least
+# Of the cascade's bounds: chosen by `bench.cascade` on 24 held-out jobs, some of which may be among these.
+CONFIDENCE = 0.6
 ASK = (
     "Rank these candidates for the job, the best first.\n\nJob post:\n{job}\n\n{people}\n\n"
     "Answer with the letters of all candidates in order, such as B > A > C."
@@ -56,7 +63,7 @@ REASONS = "First say in a short paragraph what the job asks for and who has it."
 
 @dataclass
 class Outcome:
-    """One job, one way. CPU seconds are those of all threads: what other processes take meanwhile is not in them."""
+    """One job, one way. CPU seconds are those of all threads."""
 
     order: list[str]
     flops: float
@@ -147,10 +154,9 @@ class Study:
         settings = (way, stack, MOST_TOKENS, WINDOW, STEP, WORDS, ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS, CONFIDENCE)
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
         path = KEPT / f"{re.sub('[^a-z0-9.]+', '-', f'{way} {model}')}-{digest}.jsonl"
-        done = _kept(path)
+        done = {row.pop("job"): row for row in kept_rows(path)}
         missing = [g for g in groups if _key(g) not in done]
         began = time.perf_counter()
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             for number, group in enumerate(missing, 1):
                 others, used = OthersShare(), time.process_time()
@@ -179,16 +185,18 @@ class Study:
             "ndcg_10": round(_mean(values), 4), "gflop_query": round(flops / 1e9, 2),
             "queries_pflop": round(1e15 / flops, 1) if flops else None,
             "ndcg_pflop": round(_mean(values) * 1e15 / flops, 2) if flops else None,
-            "seconds_query": round(seconds, 3), "cpu_seconds_query": round(_mean([o.cpu_seconds for o in outcomes]), 3),
+            "seconds_query": round(seconds, 3), "cpu_seconds_query": _quiet_mean(outcomes), "quiet_jobs": sum(map(_quiet, outcomes)),
             "others_share": round(_mean([o.others_share for o in outcomes]), 3),
+            "as_given": round(_mean([float(o.order == [c.id for c in g.candidates]) for o, g in zip(outcomes, groups, strict=True)]), 3),
         }  # fmt: skip
         if self.base:
             theirs = [self.base[g.id] for g in groups]
             change = paired_bootstrap(values, [value for value, _ in theirs])
             row |= {"over_shared": [round(x, 4) for x in (change.mean, change.low, change.high)]}
             row |= {"times_the_flops_of_shared": round(flops / _mean([o.flops for _, o in theirs]), 3)}
-            used = _mean([o.cpu_seconds for o in outcomes]) / _mean([o.cpu_seconds for _, o in theirs])
-            row |= {"times_the_cpu_seconds_of_shared": round(used, 3)}
+            both = [(o, other) for o, (_, other) in zip(outcomes, theirs, strict=True) if _quiet(o) and _quiet(other)]
+            ours, others = _quiet_mean([o for o, _ in both]), _quiet_mean([other for _, other in both])
+            row |= {"times_the_cpu_seconds_of_shared": round(ours / others, 3) if ours and others else None}
         elif flops:
             self.base = {g.id: pair for g, *pair in zip(groups, values, outcomes, strict=True)}
         print(" ".join(f"{k}={v}" for k, v in row.items() if k != "bench"), flush=True)
@@ -211,14 +219,14 @@ def _places(group: Group, order: Sequence[str]) -> list[int]:
     return [places[name] for name in order]
 
 
-def _kept(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier run has written, by job."""
-    found: dict[str, dict[str, Any]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            row = json.loads(line)
-            found[row.pop("job")] = row
-    return found
+def _quiet(outcome: Outcome) -> bool:
+    return outcome.others_share <= QUIET
+
+
+def _quiet_mean(outcomes: Sequence[Outcome]) -> float | None:
+    """CPU seconds of those that were measured on a quiet machine; None where they are too few."""
+    found = [o.cpu_seconds for o in outcomes if _quiet(o)]
+    return round(_mean(found), 3) if len(found) >= LEAST_QUIET else None
 
 
 def _mean(values: Sequence[float]) -> float:

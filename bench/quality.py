@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.rows import ROOT, append_row
+from bench.rows import ROOT, append_row, kept_rows
 from uma_engine.ranking.metrics import paired_bootstrap
 from uma_engine.train.groups import spread
 from uma_engine.train.occupations import DEV_MAJORS, TEST_MAJORS, first_stages, read_collection, read_table
@@ -91,10 +91,7 @@ def model_run(
         stack = engine.rank("x", ["y"], adapter=name).stack
         key = "\n".join((stack.base_digest, stack.adapter_digest or "", precision, str(MOST_TOKENS)))
         path = KEPT / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        done: dict[str, dict[str, float]] = {}
-        if path.exists():
-            done = {row["id"]: row["scores"] for row in map(json.loads, path.read_text().splitlines())}
+        done: dict[str, dict[str, float]] = {row["id"]: row["scores"] for row in kept_rows(path)}
         missing = [q for q in queries if set(pools[q.id]) - set(done.get(q.id, ()))]
         began = time.perf_counter()
         with path.open("a") as file:

@@ -198,12 +198,7 @@ def quality_section(rows: Sequence[Row]) -> str:
     for part in dict.fromkeys((row["collection"], row["split"]) for row in rows):
         chosen = newest(
             [r for r in rows if (r["collection"], r["split"]) == part],
-            lambda r: (
-                r["form"],
-                r["system"],
-                r["model"] if of_model(r) else "",
-                r["precision"] if of_model(r) else "",
-            ),
+            lambda r: (r["form"], r["queries"], r["system"], *((r["model"], r["precision"]) if of_model(r) else ())),
         )
         body = [
             (
@@ -404,47 +399,69 @@ def adapters_section(rows: Sequence[Row]) -> str:
 
 
 def cost_page(rows: Sequence[Row]) -> str:
-    chosen = newest([r for r in rows if "cpu_seconds_query" in r], lambda r: (r["way"], r["model"], r["candidates"]))
+    chosen = newest([r for r in rows if "as_given" in r], lambda r: (r["way"], r["model"], r["candidates"]))
     body = [
         (
-            r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
+            r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", f"{r['as_given']:.0%}",
+            _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
             f"{r.get('times_the_flops_of_shared', 1):.2f}",
-            f"{r['cpu_seconds_query']:.2f}",
-            f"{r.get('times_the_cpu_seconds_of_shared', 1):.2f}", f"{r['cpu_seconds_query'] / 2 / 3600 * PRICE * 1e6:,.0f}",
+            *(
+                ("beside other work", "", "")
+                if r["cpu_seconds_query"] is None
+                else (
+                    f"{r['cpu_seconds_query']:.2f} ({r['quiet_jobs']})",
+                    _times(r.get("times_the_cpu_seconds_of_shared", 1.0)),
+                    f"{r['cpu_seconds_query'] / 2 / 3600 * PRICE * 1e6:,.0f}",
+                )
+            ),
         )
         for r in chosen
     ]  # fmt: skip
     header = (
-        "way", "model", "queries", "nDCG@10", "over shared", "GFLOP a query", "of shared", "CPU seconds a query", "of shared",
+        "way", "model", "queries", "nDCG@10", "order as given", "over shared", "GFLOP a query", "of shared",
+        "CPU seconds a query (quiet jobs)",
+        "of shared",
         "USD a million queries",
     )  # fmt: skip
     head = (
         "# What a ranking costs\n\nRendered from `bench/results/cost.jsonl` by `python -m bench.report`; the ways are in `bench/cost.py`."
         f" Prices are those of a machine of two CPUs at {PRICE} USD an hour, kept busy. Queries are held-out jobs, each with the first"
-        f" stage's best {chosen[0]['candidates']} candidates.\n"
+        f" stage's best {chosen[0]['candidates']} candidates. CPU time counts where other processes had at most a tenth of the machine; the"
+        " ways ran one after another, so it is no race in turns.\n"
     )
     return f"{head}\n{table(header, body)}\n\n{source(chosen)}\n\n{_factors(chosen)}"
 
 
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
 def _factors(rows: Sequence[Row]) -> str:
-    """What the tuned small model's cascade saves against each other model's ranking with reasons, split: factors multiply to the total."""
+    """What the tuned small model's cascade saves against each other model that writes an order, split: factors multiply to the total."""
     found = {(r["way"], r["model"]): r for r in rows}
     small = next(m for w, m in found if w == "cascade")
     body = []
     for way, model in found:
-        if way != "with reasons" or ("shared", model) not in found:
-            continue
-        parts = [("with reasons", model), ("shared", model), ("shared", small), ("cascade", small)]
+        if (
+            way not in ("written", "with reasons")
+            or ("shared", model) not in found
+            or found[way, model]["as_given"] > 0.5
+        ):
+            continue  # without an order of its own there is nothing to compare with
+        parts = [(way, model), ("shared", model), ("shared", small), ("cascade", small)]
         for what, ratio in (("FLOPs", "times_the_flops_of_shared"), ("CPU seconds", "times_the_cpu_seconds_of_shared")):
-            # Over the same jobs: each row knows its ratio to the small model's shared scoring on the jobs that it answered.
+            # Each row knows its ratio to the small model's shared scoring on the jobs that it answered, in CPU time those that both
+            # answered on a quiet machine.
             written, theirs, _, cascade = (found[part].get(ratio, 1.0) for part in parts)
+            if None in (written, theirs, cascade):
+                continue
             factors = [written / theirs, theirs, 1 / cascade]
             body.append(
-                (model, found[parts[0]]["jobs"], what, *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
+                (f"{model}, {way}", found[parts[0]]["jobs"], what, *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
                  _interval([-x for x in (found[parts[0]]["over_shared"][i] for i in (0, 2, 1))]))
             )  # fmt: skip
     header = (
-        "ranking with reasons by",
+        "ranking by",
         "queries",
         "of",
         "method",
@@ -454,8 +471,8 @@ def _factors(rows: Sequence[Row]) -> str:
         "nDCG@10 gained by shared",
     )
     return (
-        "## The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model that writes a"
-        " ranking with reasons: by the method (scoring under a shared job, same model), by the model's size, by the cascade.\n\n"
+        "## The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model that writes an"
+        " order: by the method (scoring under a shared job, same model), by the model's size, by the cascade.\n\n"
         f"{table(header, body)}\n"
     )
 

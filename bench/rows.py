@@ -74,6 +74,16 @@ class OthersShare:
         return round(max(0.0, busy - own) / total, 3) if total > 0 else 0.0
 
 
+def kept_rows(path: Path) -> list[dict[str, Any]]:
+    """What an earlier run kept in `path`, made if need be; a last line that a kill cut off is taken out, so that more can be appended."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50 and p80: each one of the values."""
     ordered = sorted(values)

@@ -65,6 +65,7 @@ def test_a_model_of_fewer_jobs_is_compared_on_these(rows: list[dict[str, Any]]) 
     small, large = rows
     assert small["ndcg_10"] == 1.0
     assert large["jobs"] == 2
+    assert small["as_given"] == sum(by_grade[g.id] == [c.id for c in g.candidates] for g in groups) / 6
     assert large["times_the_flops_of_shared"] == pytest.approx(8 / 2.5)  # of the jobs of places 0 and 3: 1 and 4
     assert large["over_shared"][0] == pytest.approx(large["ndcg_10"] - 1.0, abs=1e-4)
 
@@ -85,3 +86,24 @@ def test_all_ways_on_a_tiny_model(rows: list[dict[str, Any]], tmp_path: Path) ->
     assert len(kept) == 12
     assert all(row["cpu_seconds"] > 0 for row in kept)
     assert all(sorted(row["order"]) == list(range(12)) for row in kept if len(row["order"]) != 10), "nobody is lost"
+
+
+def test_a_kill_in_the_middle_of_a_line_costs_that_line(rows: list[dict[str, Any]]) -> None:
+    groups, asked = some_groups(3, 4), []
+
+    def judge(group: Group) -> cost.Outcome:
+        asked.append(group.id)
+        return cost.Outcome([c.id for c in group.candidates], 1e9, 0.5)
+
+    cost.Study(groups, save=True).run("shared", "m", "stack", judge)
+    (path,) = cost.KEPT.iterdir()
+    path.write_text(path.read_text()[:-9])
+    cost.Study(groups, save=True).run("shared", "m", "stack", judge)
+    assert asked == ["g0", "g1", "g2", "g2"]
+    assert [json.loads(line)["job"].split()[0] for line in path.read_text().splitlines()] == ["g0", "g1", "g2"]
+
+
+def test_cpu_time_counts_only_on_a_quiet_machine() -> None:
+    busy, quiet = (cost.Outcome([], 1.0, 1.0, seconds, share) for seconds, share in ((9.0, 0.5), (2.0, 0.05)))
+    assert cost._quiet_mean([busy] * 9 + [quiet] * 5) == 2.0
+    assert cost._quiet_mean([busy] * 9 + [quiet] * 4) is None

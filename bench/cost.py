@@ -11,11 +11,11 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     cascade       `rank(..., cascade=)`: who cannot reach the first ten by the prior is not read; bounds fitted on dev jobs
     with notes    `rank(..., deliberate=32)`: the first ten are read again after the model's own notes on each
     first token   list-wise, one token of a window's answer read (FIRST, Reddy et al. 2024): windows of 10 from the end, by 5
-    written       the same windows, the order written out
-    with reasons  the same, after a paragraph of reasons
+    written       the same windows, the order written out, letter by letter
+    with reasons  the same, after the model's own paragraph of reasons
 
-Letters that an answer does not name keep their places, so an answer without an order is the first stage's: `as_given` is the share of
-jobs that came out exactly as they went in, and a way where it is large has a cost, but no order of its own.
+Small models that are asked for an order often write none, so each next letter is the most probable of those not yet named: greedy decoding
+under a grammar that has each letter once. `as_given` is the share of jobs that came out exactly as they went in, the first stage's order.
 
 Ways that compute more may answer fewer jobs (`--slow-jobs`), as may a larger model (NAME=JOBS): some of all jobs, spread over them, and a
 comparison is on these alone. Every answer is kept under bench/results/cost/ as it comes, so that a run that was stopped goes on. Rows go
@@ -47,18 +47,22 @@ MOST_TOKENS = 64  # of a candidate, as in training
 WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
 WORDS = 40  # of a candidate in a window
-ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS = 40, 120, 32
+REASON_TOKENS, NOTE_TOKENS = 120, 32
 QUIET, LEAST_QUIET = (
     0.1,
     5,
 )  # largest share of the machine that others may have where CPU time counts; such jobs at least
 # Of the cascade's bounds: chosen by `bench.cascade` on 24 held-out jobs, some of which may be among these.
 CONFIDENCE = 0.6
+# No letters as an example: a small model repeats them. Of four wordings the best on dev jobs, written.
 ASK = (
     "Rank these candidates for the job, the best first.\n\nJob post:\n{job}\n\n{people}\n\n"
-    "Answer with the letters of all candidates in order, such as B > A > C."
+    "Answer with the letters of all candidates, the best first, in the form [] > [] > []."
 )
 REASONS = "First say in a short paragraph what the job asks for and who has it."
+ORDER, NEXT = "Order: [", "] > ["  # what the letters stand in
+
+SETTINGS = (MOST_TOKENS, WINDOW, STEP, WORDS, ASK, REASONS, ORDER, NEXT, REASON_TOKENS, NOTE_TOKENS, CONFIDENCE)
 
 
 @dataclass
@@ -100,7 +104,11 @@ def alone(engine: Engine, group: Group, adapter: str | None) -> Outcome:
     return Outcome(sorted(scores, key=lambda i: (-scores[i], places[i])), flops, time.perf_counter() - began)
 
 
-def windows(group: Group, judge: Callable[[str], tuple[list[int], float]]) -> Outcome:
+# Of a prompt and the number of its people: their places, the best first, and FLOPs.
+Judge = Callable[[str, int], tuple[list[int], float]]
+
+
+def windows(group: Group, judge: Judge) -> Outcome:
     """A list-wise order: windows from the end to the front, each put in the order that `judge` gives of its letters."""
     began = time.perf_counter()
     texts = {c.id: " ".join(c.text.split()[:WORDS]) for c in group.candidates}
@@ -109,35 +117,50 @@ def windows(group: Group, judge: Callable[[str], tuple[list[int], float]]) -> Ou
     while True:
         part = order[start : start + WINDOW]
         people = "\n".join(f"[{LETTERS[i]}] {texts[name]}" for i, name in enumerate(part))
-        found, cost = judge(ASK.format(job=group.job, people=people))
+        found, cost = judge(ASK.format(job=group.job, people=people), len(part))
         flops += cost
-        places = list(dict.fromkeys(i for i in found if i < len(part)))
-        order[start : start + WINDOW] = [part[i] for i in (*places, *(i for i in range(len(part)) if i not in places))]
+        order[start : start + WINDOW] = [part[i] for i in found]
         if start == 0:
             return Outcome(order, flops, time.perf_counter() - began)
         start = max(0, start - STEP)
 
 
-def first_token(engine: Engine) -> Callable[[str], tuple[list[int], float]]:
-    def judge(prompt: str) -> tuple[list[int], float]:
+def first_token(engine: Engine) -> Judge:
+    def judge(prompt: str, count: int) -> tuple[list[int], float]:
+        engine._stack.forget_cached()
         ids = engine.chat_tokens([{"role": "user", "content": prompt}])
-        engine._stack.forget_cached()
-        (score,) = engine.score(ids[:-1], [ids[-1:]], labels=list(LETTERS))
-        return sorted(range(len(LETTERS)), key=lambda i: -score.logits[i]), len(ids) * engine.flops_per_token
+        (score,) = engine.score(ids[:-1], [ids[-1:]], labels=list(LETTERS[:count]))
+        return sorted(range(count), key=lambda i: -score.logits[i]), len(ids) * engine.flops_per_token
 
     return judge
 
 
-def written(engine: Engine, reasons: bool) -> Callable[[str], tuple[list[int], float]]:
-    params = SamplingParams(max_tokens=ORDER_TOKENS + (REASON_TOKENS if reasons else 0))
+def written(engine: Engine, reasons: bool) -> Judge:
+    params = SamplingParams(max_tokens=REASON_TOKENS)
 
-    def judge(prompt: str) -> tuple[list[int], float]:
+    def judge(prompt: str, count: int) -> tuple[list[int], float]:
         engine._stack.forget_cached()
-        (done,) = engine.generate(f"{prompt}\n{REASONS}" if reasons else prompt, params, chat=True)
-        letters = re.findall(r"\b([A-J])\b(?=\s*(?:>|$|\n))", done.text)
-        return [LETTERS.index(letter) for letter in letters], done.usage.flops
+        asked = f"{prompt}\n{REASONS}" if reasons else prompt
+        ids = engine.chat_tokens([{"role": "user", "content": asked}])
+        lead = ORDER
+        if reasons:
+            (done,) = engine.generate([ids], params)
+            lead = f"{done.text.strip()}\n\n{ORDER}"
+        return in_letters(engine, ids + engine.tokenize(lead), count)
 
     return judge
+
+
+def in_letters(engine: Engine, ids: Sequence[int], count: int) -> tuple[list[int], float]:
+    """The order that greedy decoding writes after `ids`, each letter once; FLOPs of one pass over all that was read and written."""
+    labels, ids = LETTERS[:count], list(ids)
+    places: list[int] = []
+    while len(places) < count - 1:
+        (score,) = engine.score(ids[:-1], [ids[-1:]], labels=list(labels))
+        places.append(max((i for i in range(count) if i not in places), key=lambda i: score.logits[i]))
+        ids += engine.tokenize(labels[places[-1]]) + engine.tokenize(NEXT)
+    places += [i for i in range(count) if i not in places]
+    return places, len(ids) * engine.flops_per_token
 
 
 @dataclass
@@ -151,7 +174,7 @@ class Study:
     def run(self, way: str, model: str, stack: str, judge: Callable[[Group], Outcome], jobs: int | None = None) -> None:
         """One way: `stack` names what decides its answers beside the way itself; `jobs`: of so many of the study's."""
         groups = self.groups if jobs is None else spread(self.groups, jobs)
-        settings = (way, stack, MOST_TOKENS, WINDOW, STEP, WORDS, ORDER_TOKENS, REASON_TOKENS, NOTE_TOKENS, CONFIDENCE)
+        settings = (way, stack, *SETTINGS)
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
         path = KEPT / f"{re.sub('[^a-z0-9.]+', '-', f'{way} {model}')}-{digest}.jsonl"
         done = {row.pop("job"): row for row in kept_rows(path)}

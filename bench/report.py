@@ -442,12 +442,8 @@ def _factors(rows: Sequence[Row]) -> str:
     small = next(m for w, m in found if w == "cascade")
     body = []
     for way, model in found:
-        if (
-            way not in ("written", "with reasons")
-            or ("shared", model) not in found
-            or found[way, model]["as_given"] > 0.5
-        ):
-            continue  # without an order of its own there is nothing to compare with
+        if way not in ("written", "with reasons") or ("shared", model) not in found:
+            continue
         parts = [(way, model), ("shared", model), ("shared", small), ("cascade", small)]
         for what, ratio in (("FLOPs", "times_the_flops_of_shared"), ("CPU seconds", "times_the_cpu_seconds_of_shared")):
             # Each row knows its ratio to the small model's shared scoring on the jobs that it answered, in CPU time those that both
@@ -457,12 +453,13 @@ def _factors(rows: Sequence[Row]) -> str:
                 continue
             factors = [written / theirs, theirs, 1 / cascade]
             body.append(
-                (f"{model}, {way}", found[parts[0]]["jobs"], what, *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
+                (f"{model}, {way}", found[parts[0]]["jobs"], f"{found[parts[0]]['as_given']:.0%}", what, *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
                  _interval([-x for x in (found[parts[0]]["over_shared"][i] for i in (0, 2, 1))]))
             )  # fmt: skip
     header = (
         "ranking by",
         "queries",
+        "order as given",
         "of",
         "method",
         "size",

@@ -453,7 +453,8 @@ def _factors(rows: Sequence[Row]) -> str:
                 continue
             factors = [written / theirs, theirs, 1 / cascade]
             body.append(
-                (f"{model}, {way}", found[parts[0]]["jobs"], f"{found[parts[0]]['as_given']:.0%}", what, *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
+                (f"{model}, {way}", found[parts[0]]["jobs"], f"{found[parts[0]]['as_given']:.0%}", what,
+                 *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
                  _interval([-x for x in (found[parts[0]]["over_shared"][i] for i in (0, 2, 1))]))
             )  # fmt: skip
     header = (

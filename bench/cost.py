@@ -1,6 +1,7 @@
 """What a ranking costs beside how good it is: this engine's way against a model that writes the ranking, and against larger models.
 
-    python -m bench.cost --data DIR [--adapter DIR] [--jobs 200] [--slow-jobs 60] [--candidates 20] [--larger qwen2.5-coder-0.5b=40 ...]
+    python -m bench.cost --data DIR [--adapter DIR] [--jobs 200] [--slow-jobs 60] [--candidates 20] [--ways written ...]
+                         [--larger qwen2.5-coder-0.5b=40 ...]
 
 DIR holds test.jsonl of `uma data build`; of each job the first stage's best candidates are ranked. FLOPs are those of the linear layers for
 the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 2507.06223), without a model of hardware. The ways:
@@ -15,7 +16,7 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     with reasons  the same, after the model's own paragraph of reasons
 
 Small models that are asked for an order often write none, so each next letter is the most probable of those not yet named: greedy decoding
-under a grammar that has each letter once. `as_given` is the share of jobs that came out exactly as they went in, the first stage's order.
+under a grammar that has each letter once. List-wise ways get the first stage's order; `as_given` is the share of jobs that came out in it.
 
 Ways that compute more may answer fewer jobs (`--slow-jobs`), as may a larger model (NAME=JOBS): some of all jobs, spread over them, and a
 comparison is on these alone. Every answer is kept under bench/results/cost/ as it comes, so that a run that was stopped goes on. Rows go
@@ -59,6 +60,7 @@ ASK = (
     "Rank these candidates for the job, the best first.\n\nJob post:\n{job}\n\n{people}\n\n"
     "Answer with the letters of all candidates, the best first, in the form [] > [] > []."
 )
+WAYS = ("cascade", "alone", "with notes", "first token", "written", "with reasons")
 REASONS = "First say in a short paragraph what the job asks for and who has it."
 ORDER, NEXT = "Order: [", "] > ["  # what the letters stand in
 
@@ -74,6 +76,12 @@ class Outcome:
     seconds: float
     cpu_seconds: float = 0.0
     others_share: float = 0.0
+
+
+def first(group: Group, count: int) -> Group:
+    """The job with its first candidates alone; the others are among those that the first stage missed."""
+    missed = (*group.missed, *(c.grade for c in group.candidates[count:]))
+    return Group(group.id, group.job, group.candidates[:count], missed)
 
 
 def people_of(group: Group, tuned: bool) -> list[Candidate]:
@@ -112,7 +120,7 @@ def windows(group: Group, judge: Judge) -> Outcome:
     """A list-wise order: windows from the end to the front, each put in the order that `judge` gives of its letters."""
     began = time.perf_counter()
     texts = {c.id: " ".join(c.text.split()[:WORDS]) for c in group.candidates}
-    order, flops = [c.id for c in group.candidates], 0.0
+    order, flops = by_prior(group).order, 0.0
     start = max(0, len(order) - WINDOW)
     while True:
         part = order[start : start + WINDOW]
@@ -169,10 +177,13 @@ class Study:
 
     groups: Sequence[Group]
     save: bool
+    ways: Sequence[str] = ()  # these alone; all if there are none
     base: dict[str, tuple[float, Outcome]] = field(default_factory=dict)  # of each job: nDCG and outcome of `shared`
 
     def run(self, way: str, model: str, stack: str, judge: Callable[[Group], Outcome], jobs: int | None = None) -> None:
         """One way: `stack` names what decides its answers beside the way itself; `jobs`: of so many of the study's."""
+        if self.ways and way not in self.ways:
+            return
         groups = self.groups if jobs is None else spread(self.groups, jobs)
         settings = (way, stack, *SETTINGS)
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
@@ -210,7 +221,7 @@ class Study:
             "ndcg_pflop": round(_mean(values) * 1e15 / flops, 2) if flops else None,
             "seconds_query": round(seconds, 3), "cpu_seconds_query": _quiet_mean(outcomes), "quiet_jobs": sum(map(_quiet, outcomes)),
             "others_share": round(_mean([o.others_share for o in outcomes]), 3),
-            "as_given": round(_mean([float(o.order == [c.id for c in g.candidates]) for o, g in zip(outcomes, groups, strict=True)]), 3),
+            "as_given": round(_mean([float(o.order == by_prior(g).order[: len(o.order)]) for o, g in zip(outcomes, groups, strict=True)]), 3),
         }  # fmt: skip
         if self.base:
             theirs = [self.base[g.id] for g in groups]
@@ -234,7 +245,9 @@ class Study:
 
 
 def _key(group: Group) -> str:
-    return f"{group.id} {len(group.candidates)}"
+    """Of a job with its candidates: what was kept of others of the same name is not taken for theirs."""
+    texts = repr((group.job, [(c.text, c.prior) for c in group.candidates]))
+    return f"{group.id} {len(group.candidates)} {hashlib.sha256(texts.encode()).hexdigest()[:12]}"
 
 
 def _places(group: Group, order: Sequence[str]) -> list[int]:
@@ -274,15 +287,19 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--slow-jobs", type=int, help="of the ways beside `shared` and `cascade`; all by default")
     parser.add_argument("--candidates", type=int, default=20)
+    parser.add_argument(
+        "--ways", nargs="+", default=[], choices=WAYS, help="beside the first stage and `shared`; all by default"
+    )
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
 
     def some(split: str, count: int) -> list[Group]:
         groups = spread(read_groups(args.data / f"{split}.jsonl"), count)
-        return [Group(g.id, g.job, g.candidates[: args.candidates], g.missed) for g in groups]
+        return [first(g, args.candidates) for g in groups]
 
-    study = Study(some("test", args.jobs), not args.no_save)
-    study.run("first stage", "bm25 + minilm", str(args.data.resolve()), by_prior)
+    ways = ["first stage", "shared", *args.ways] if args.ways else []
+    study = Study(some("test", args.jobs), not args.no_save, ways)
+    study.run("first stage", "bm25 + minilm", "", by_prior)
     with Engine(args.model, max_lora_rank=64) as engine:
         name = None
         if args.adapter:
@@ -290,14 +307,15 @@ def main() -> None:
             engine.load_adapter(name, args.adapter)
         tuned, stack = f"{args.model}, tuned" if name else args.model, stack_of(engine, name)
         study.run("shared", tuned, stack, lambda g: shared(engine, g, name))
-        bounds = engine.fit_cascade(
-            [(g.job, people_of(g, tuned=True)) for g in some("dev", 12)],
-            prefix_tokens=0,
-            confidence=CONFIDENCE,
-            adapter=name,
-            max_tokens_per_candidate=MOST_TOKENS,
-        )
-        study.run("cascade", tuned, stack, lambda g: shared(engine, g, name, bounds))
+        if not ways or "cascade" in ways:
+            bounds = engine.fit_cascade(
+                [(g.job, people_of(g, tuned=True)) for g in some("dev", 12)],
+                prefix_tokens=0,
+                confidence=CONFIDENCE,
+                adapter=name,
+                max_tokens_per_candidate=MOST_TOKENS,
+            )
+            study.run("cascade", tuned, stack, lambda g: shared(engine, g, name, bounds))
         study.run("alone", tuned, stack, lambda g: alone(engine, g, name), args.slow_jobs)
         study.run("with notes", tuned, stack, lambda g: shared(engine, g, name, notes=NOTE_TOKENS), args.slow_jobs)
         study.listwise(engine, args.model, args.slow_jobs)

@@ -209,10 +209,8 @@ class Study:
         self._report(way, model, groups, outcomes)
 
     def _report(self, way: str, model: str, groups: Sequence[Group], outcomes: Sequence[Outcome]) -> None:
-        values = [
-            ndcg([{c.id: c.grade for c in g.candidates}[i] for i in o.order], g.ideal)
-            for o, g in zip(outcomes, groups, strict=True)
-        ]
+        pairs = list(zip(outcomes, groups, strict=True))
+        values = [ndcg([{c.id: c.grade for c in g.candidates}[i] for i in o.order], g.ideal) for o, g in pairs]
         flops, seconds = _mean([o.flops for o in outcomes]), _mean([o.seconds for o in outcomes])
         row: dict[str, Any] = {
             "bench": "cost", "way": way, "model": model, "jobs": len(groups), "candidates": len(groups[0].candidates),
@@ -221,7 +219,7 @@ class Study:
             "ndcg_pflop": round(_mean(values) * 1e15 / flops, 2) if flops else None,
             "seconds_query": round(seconds, 3), "cpu_seconds_query": _quiet_mean(outcomes), "quiet_jobs": sum(map(_quiet, outcomes)),
             "others_share": round(_mean([o.others_share for o in outcomes]), 3),
-            "as_given": round(_mean([float(o.order == by_prior(g).order[: len(o.order)]) for o, g in zip(outcomes, groups, strict=True)]), 3),
+            "as_given": round(_mean([o.order == by_prior(g).order[: len(o.order)] for o, g in pairs]), 3),
         }  # fmt: skip
         if self.base:
             theirs = [self.base[g.id] for g in groups]

@@ -65,9 +65,35 @@ def test_a_model_of_fewer_jobs_is_compared_on_these(rows: list[dict[str, Any]]) 
     small, large = rows
     assert small["ndcg_10"] == 1.0
     assert large["jobs"] == 2
-    assert small["as_given"] == sum(by_grade[g.id] == [c.id for c in g.candidates] for g in groups) / 6
+    assert small["as_given"] == round(sum(by_grade[g.id] == cost.by_prior(g).order for g in groups) / 6, 3)
     assert large["times_the_flops_of_shared"] == pytest.approx(8 / 2.5)  # of the jobs of places 0 and 3: 1 and 4
     assert large["over_shared"][0] == pytest.approx(large["ndcg_10"] - 1.0, abs=1e-4)
+
+
+def test_a_window_is_put_in_the_order_of_its_judge() -> None:
+    (group,) = some_groups(1, 12)
+    best = cost.by_prior(group).order
+    asked = []
+
+    def backwards(prompt: str, count: int) -> tuple[list[int], float]:
+        asked.append(prompt)
+        return list(range(count))[::-1], 1.0
+
+    outcome = cost.windows(group, backwards)
+    assert len(asked) == 2
+    assert all("[J]" in prompt for prompt in asked)
+    worst = [*best[:2], *best[2:][::-1]]  # after the first window, of the last ten
+    assert outcome.order == [*worst[:10][::-1], *worst[10:]]
+    kept = cost.windows(group, lambda prompt, count: (list(range(count)), 1.0))
+    assert kept.order == best, "who says nothing new leaves the first stage's order"
+
+
+def test_those_cut_out_count_as_missed() -> None:
+    (group,) = some_groups(1, 9)
+    cut = cost.first(group, 4)
+    assert len(cut.candidates) == 4
+    assert sorted(cut.ideal) == sorted(group.ideal)
+    assert cost._key(cut) != cost._key(group)
 
 
 def test_all_ways_on_a_tiny_model(rows: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -78,6 +104,9 @@ def test_all_ways_on_a_tiny_model(rows: list[dict[str, Any]], tmp_path: Path) ->
         study.run("alone", "tiny", "s", lambda g: cost.alone(engine, g, None))
         study.run("with notes", "tiny", "s", lambda g: cost.shared(engine, g, None, notes=4))
         study.listwise(engine, "tiny")
+        places, flops = cost.in_letters(engine, engine.tokenize("best:"), 5)
+        assert sorted(places) == [0, 1, 2, 3, 4], "each letter once, whatever the model would say"
+        assert flops > 0
     assert [row["way"] for row in rows] == ["shared", "alone", "with notes", "first token", "written", "with reasons"]
     assert rows[0]["ndcg_10"] == rows[1]["ndcg_10"], "a shared job changes no score"
     assert rows[1]["times_the_flops_of_shared"] > 1

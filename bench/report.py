@@ -400,11 +400,29 @@ def adapters_section(rows: Sequence[Row]) -> str:
 
 def cost_page(rows: Sequence[Row]) -> str:
     chosen = newest([r for r in rows if "as_given" in r], lambda r: (r["way"], r["model"], r["candidates"]))
+    pages = []
+    for count in sorted({r["candidates"] for r in chosen}):
+        some = [r for r in chosen if r["candidates"] == count]
+        pages.append(
+            f"## The first stage's best {count} candidates\n\n{_ways(some)}\n\n{source(some)}\n\n{_factors(some)}"
+        )
+    head = (
+        "# What a ranking costs\n\nRendered from `bench/results/cost.jsonl` by `python -m bench.report`; the ways are in `bench/cost.py`."
+        f" Prices are those of a machine of two CPUs at {PRICE} USD an hour, kept busy. Queries are held-out jobs."
+        " List-wise ways begin from the first stage's order, and a model that has none of its own leaves it as given."
+        " Comparisons with `shared` are on the queries that a way answered. CPU time counts where other processes had at most a tenth"
+        " of the machine; the ways ran one after another, so it is no race in turns.\n\n"
+    )
+    return head + "\n".join(pages)
+
+
+def _ways(rows: Sequence[Row]) -> str:
     body = [
         (
             r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", f"{r['as_given']:.0%}",
             _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
-            f"{r.get('times_the_flops_of_shared', 1):.2f}",
+            f"{r.get('times_the_flops_of_shared', 1):.2f}", f"{r['queries_pflop']:,.0f}" if r["queries_pflop"] else "",
+            f"{r['ndcg_pflop']:,.0f}" if r["ndcg_pflop"] else "",
             *(
                 ("beside other work", "", "")
                 if r["cpu_seconds_query"] is None
@@ -415,21 +433,13 @@ def cost_page(rows: Sequence[Row]) -> str:
                 )
             ),
         )
-        for r in chosen
+        for r in rows
     ]  # fmt: skip
     header = (
-        "way", "model", "queries", "nDCG@10", "order as given", "over shared", "GFLOP a query", "of shared",
-        "CPU seconds a query (quiet jobs)",
-        "of shared",
-        "USD a million queries",
+        "way", "model", "queries", "nDCG@10", "order as given", "over shared", "GFLOP a query", "of shared", "queries a PFLOP",
+        "nDCG a PFLOP", "CPU seconds a query (quiet jobs)", "of shared", "USD a million queries",
     )  # fmt: skip
-    head = (
-        "# What a ranking costs\n\nRendered from `bench/results/cost.jsonl` by `python -m bench.report`; the ways are in `bench/cost.py`."
-        f" Prices are those of a machine of two CPUs at {PRICE} USD an hour, kept busy. Queries are held-out jobs, each with the first"
-        f" stage's best {chosen[0]['candidates']} candidates. CPU time counts where other processes had at most a tenth of the machine; the"
-        " ways ran one after another, so it is no race in turns.\n"
-    )
-    return f"{head}\n{table(header, body)}\n\n{source(chosen)}\n\n{_factors(chosen)}"
+    return table(header, body)
 
 
 def _times(ratio: float | None) -> str:
@@ -469,7 +479,7 @@ def _factors(rows: Sequence[Row]) -> str:
         "nDCG@10 gained by shared",
     )
     return (
-        "## The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model that writes an"
+        "### The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model that writes an"
         " order: by the method (scoring under a shared job, same model), by the model's size, by the cascade.\n\n"
         f"{table(header, body)}\n"
     )

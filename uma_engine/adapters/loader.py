@@ -122,7 +122,7 @@ def _read_config(directory: Path, where: str) -> PeftConfig:
 
 
 def _by_site(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
-    """(prefix of the trained model's module names, site -> {"A": [R, K], "B": [N, R]}) in fp32."""
+    """(prefix of the trained model's module names, site -> {"A": [R, K], "B": [N, R]}): as they were stored, fp64 in fp32."""
     prefix: str | None = None
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in sorted(tensors):
@@ -139,7 +139,7 @@ def _by_site(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[str, dict
             raise AdapterError(
                 f"{where}: `{name}` is {tensor.dtype} but must be a floating point type of 16 bits or more"
             )
-        tensor = tensor.to(torch.float32).contiguous()
+        tensor = (tensor.to(torch.float32) if tensor.dtype is torch.float64 else tensor).contiguous()
         if not all(math.isfinite(x) for x in torch.aminmax(tensor)):  # one pass: a NaN is its own extreme
             raise AdapterError(f"{where}: `{name}` holds NaN or infinity", hint="the training has diverged")
         parts.setdefault(found["site"], {})[found["part"]] = tensor
@@ -214,6 +214,8 @@ def _pack(
                         f" {list(shape)}",
                         hint="the adapter was trained on another base",
                     )
+            if lora_a.dtype is not lora_b.dtype:
+                lora_a, lora_b = lora_a.float(), lora_b.float()
             packed[site] = pack_lora(lora_a, lora_b, config.scaling_of(prefix + site))
     return LoadedAdapter(
         digest=digest.result(),

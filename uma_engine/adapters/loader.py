@@ -222,7 +222,8 @@ def _pack(
                     )
                 if not all(math.isfinite(x) for x in torch.aminmax(tensor)):  # one pass: a NaN is its own extreme
                     raise AdapterError(
-                        f"{where}: `lora_{name}` of `{site}` holds NaN or infinity", hint="the training has diverged"
+                        f"{where}: `{_name(prefix, site, name)}` holds NaN or infinity",
+                        hint="the training has diverged",
                     )
             if lora_a.dtype is not lora_b.dtype:
                 lora_a, lora_b = lora_a.float(), lora_b.float()

@@ -449,7 +449,9 @@ def _times(ratio: float | None) -> str:
 def _factors(rows: Sequence[Row]) -> str:
     """What the tuned small model's cascade saves against each other model that writes an order, split: factors multiply to the total."""
     found = {(r["way"], r["model"]): r for r in rows}
-    small = next(m for w, m in found if w == "cascade")
+    small = next((m for w, m in found if w == "cascade"), None)
+    if small is None:
+        return ""
     body = []
     for way, model in found:
         if way not in ("written", "with reasons") or ("shared", model) not in found:

@@ -40,15 +40,19 @@ class LayersCase:
     tokens: int
     adapters: int
     copies: int
+    factors: torch.dtype = torch.float32  # as they are stored and read; the others are given the same values in fp32
 
     @property
     def id(self) -> str:
-        return f"smollm2-135m-x{self.copies}-T{self.tokens}-a{self.adapters}-r{RANK}"
+        stored = "" if self.factors is torch.float32 else f"-{str(self.factors).removeprefix('torch.')}"
+        return f"smollm2-135m-x{self.copies}-T{self.tokens}-a{self.adapters}-r{RANK}{stored}"
 
 
 LAYERS_CASES = [
-    LayersCase(tokens, adapters, copies) for tokens in (256, 1024) for adapters, copies in ((1, 4), (8, 4), (64, 1))
-] + [LayersCase(16, 8, 6)]
+    LayersCase(*shape, factors)
+    for factors in (torch.float32, torch.float16)  # as PEFT and as `uma train` save them
+    for shape in ((256, 1, 4), (256, 8, 4), (256, 64, 1), (1024, 1, 4), (1024, 8, 4), (1024, 64, 1), (16, 8, 6))
+]
 
 
 class SiteBench:
@@ -60,12 +64,14 @@ class SiteBench:
         self.mapping = torch.arange(case.tokens) % case.adapters
         self.weights = [pack(WEIGHTS.random(sum(rows), width)) for _ in range(case.copies)]
         self.factors = [  # of each layer and projection: A [adapters, R, K] and B [adapters, N, R]
-            [(0.02 * torch.randn(case.adapters, RANK, width), 0.02 * torch.randn(case.adapters, n, RANK)) for n in rows]
-            for _ in range(case.copies)
+            [(self.some(RANK, width), self.some(n, RANK)) for n in rows] for _ in range(case.copies)
         ]
         self.slices = [
             [
-                LoraSlice(n, [pack_lora(a, b, SCALING) for a, b in zip(*stacked, strict=True)])
+                LoraSlice(
+                    n,
+                    [pack_lora(a.to(case.factors), b.to(case.factors), SCALING) for a, b in zip(*stacked, strict=True)],
+                )
                 for n, stacked in zip(rows, layer, strict=True)
             ]
             for layer in self.factors
@@ -74,6 +80,9 @@ class SiteBench:
         self.flops = 2 * case.tokens * RANK * sum(width + n for n in rows) * case.copies
         own = sum(adapter.nbytes for layer in self.slices for part in layer for adapter in part.adapters if adapter)
         self.bytes = own + 4 * case.copies * case.tokens * (width + 2 * sum(rows))
+
+    def some(self, *shape: int) -> torch.Tensor:
+        return (0.02 * torch.randn(self.case.adapters, *shape)).to(self.case.factors).float()
 
     def base(self, layer: int, precision: str) -> None:
         linear(self.x, self.weights[layer], out=self.out, precision=precision)

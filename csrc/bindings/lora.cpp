@@ -10,11 +10,17 @@
 namespace uma {
 
 void bind_lora(pybind11::module_& m) {
-  m.def("lora_packed_bytes", [](int64_t rank, int64_t k, int64_t n) { return UMA_SELECT(lora_ops)().packed_bytes(rank, k, n); });
+  pybind11::enum_<FactorType>(m, "FactorType")
+      .value("fp32", FactorType::fp32)
+      .value("fp16", FactorType::fp16)
+      .value("bf16", FactorType::bf16);
+  m.def("lora_packed_bytes", [](int64_t rank, int64_t k, int64_t n, FactorType type) {
+    return UMA_SELECT(lora_ops)().packed_bytes(rank, k, n, type);
+  });
   m.def(
       "pack_lora",
-      [](uintptr_t to, int64_t rank, int64_t k, int64_t n, float scaling, uintptr_t a, uintptr_t b) {
-        UMA_SELECT(lora_ops)().pack(at<uint8_t>(to), {rank, k, n, scaling}, at<const float>(a), at<const float>(b));
+      [](uintptr_t to, int64_t rank, int64_t k, int64_t n, FactorType type, float scaling, uintptr_t a, uintptr_t b) {
+        UMA_SELECT(lora_ops)().pack(at<uint8_t>(to), {rank, k, n, scaling, type}, at<const void>(a), at<const void>(b));
       },
       NoGil());
   // `adapters` holds the addresses of the first slice's adapters, 0 for none, then the next one's; slice s has widths[s] columns.

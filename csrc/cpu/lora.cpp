@@ -12,14 +12,22 @@ namespace {
 
 constexpr int64_t kNarrow = 16;  // width of A's last panel where the rest of the rank fits into it
 
-struct Adapter {
-  int64_t rank, k, n;
-  float scaling;
-  const float* a;
-  const float* b;
+struct Adapter : LoraHeader {
+  const uint8_t *a, *b;
 };
 
-// Floats of A's rows once padded.
+// body(T()) for the type of an adapter's factors.
+template <typename Body>
+auto with_type(FactorType type, const Body& body) {
+  if (type == FactorType::fp16) return body(fp16());
+  if (type == FactorType::bf16) return body(bf16());
+  return body(float());
+}
+int64_t size_of(FactorType type) {
+  return with_type(type, [](auto factor) { return static_cast<int64_t>(sizeof(factor)); });
+}
+
+// Factors of A's rows once padded.
 int64_t padded_rank(int64_t rank) { return (rank + kNarrow - 1) / kNarrow * kNarrow; }
 int64_t rank_panels(int64_t rank) { return (rank + kPanel - 1) / kPanel; }
 int64_t panel_width(int64_t rank, int64_t panel) {
@@ -31,27 +39,74 @@ int64_t out_panels(int64_t n) { return (n + kPanel - 1) / kPanel; }
 Adapter unpack(const uint8_t* packed) {
   LoraHeader header;
   std::memcpy(&header, packed, sizeof(header));
-  const float* a = reinterpret_cast<const float*>(packed + sizeof(header));
-  return {header.rank, header.k, header.n, header.scaling, a, a + padded_rank(header.rank) * header.k};
+  const uint8_t* a = packed + sizeof(header);
+  return {header, a, a + padded_rank(header.rank) * header.k * size_of(header.type)};
 }
 
-int64_t packed_bytes(int64_t rank, int64_t k, int64_t n) {
-  return sizeof(LoraHeader) + sizeof(float) * (padded_rank(rank) * k + out_panels(n) * kPanel * rank);
+int64_t packed_bytes(int64_t rank, int64_t k, int64_t n, FactorType type) {
+  return sizeof(LoraHeader) + size_of(type) * (padded_rank(rank) * k + out_panels(n) * kPanel * rank);
+}
+
+// As interleave_rows: blocks of 8 x 8 transposed in registers, by pairs of 16, 32 and 64 bits. `count` is a multiple of 8.
+template <typename T>
+void interleave_halves(const T* const* rows, int64_t count, int64_t depth, T* to) {
+  typedef uint16_t h8 __attribute__((vector_size(16)));
+  typedef uint16_t h8u __attribute__((vector_size(16), aligned(2), may_alias));
+  typedef uint32_t w4 __attribute__((vector_size(16)));
+  typedef uint64_t d2 __attribute__((vector_size(16)));
+  static_assert(kNarrow % 8 == 0 && kPanel % 8 == 0 && sizeof(T) == 2);
+#if defined(__clang__)
+#define UMA_PAIRS(V, I, a, b, ...) __builtin_shufflevector(reinterpret_cast<V>(a), reinterpret_cast<V>(b), __VA_ARGS__)
+#else
+#define UMA_PAIRS(V, I, a, b, ...) __builtin_shuffle(reinterpret_cast<V>(a), reinterpret_cast<V>(b), (I){__VA_ARGS__})
+#endif
+  constexpr int64_t kStep = 64;  // k at a time, so that what is written stays in the L1 cache until its lines are full
+  for (int64_t begin = 0; begin < depth; begin += kStep, to += kStep * count) {
+    const int64_t steps = depth - begin < kStep ? depth - begin : kStep;
+    for (int64_t r = 0; r < count; r += 8) {
+      int64_t k = 0;
+      for (; k + 8 <= steps; k += 8) {
+        h8 in[8];
+        UMA_UNROLL for (int i = 0; i < 8; ++i) in[i] = *reinterpret_cast<const h8u*>(rows[r + i] + begin + k);
+        w4 two[8];  // k 0-3 of rows 2i and 2i + 1, then their k 4-7
+        UMA_UNROLL for (int i = 0; i < 4; ++i) {
+          two[2 * i] = reinterpret_cast<w4>(UMA_PAIRS(h8, h8, in[2 * i], in[2 * i + 1], 0, 8, 1, 9, 2, 10, 3, 11));
+          two[2 * i + 1] = reinterpret_cast<w4>(UMA_PAIRS(h8, h8, in[2 * i], in[2 * i + 1], 4, 12, 5, 13, 6, 14, 7, 15));
+        }
+        UMA_UNROLL for (int half = 0; half < 2; ++half) {  // k 0-3, then 4-7
+          const w4 a = two[half], b = two[2 + half], c = two[4 + half], d = two[6 + half];
+          UMA_UNROLL for (int pair = 0; pair < 2; ++pair) {
+            const w4 top = pair ? UMA_PAIRS(w4, w4, a, b, 2, 6, 3, 7) : UMA_PAIRS(w4, w4, a, b, 0, 4, 1, 5);
+            const w4 low = pair ? UMA_PAIRS(w4, w4, c, d, 2, 6, 3, 7) : UMA_PAIRS(w4, w4, c, d, 0, 4, 1, 5);
+            T* at = to + (k + 4 * half + 2 * pair) * count + r;
+            *reinterpret_cast<h8u*>(at) = reinterpret_cast<h8>(UMA_PAIRS(d2, d2, top, low, 0, 2));
+            *reinterpret_cast<h8u*>(at + count) = reinterpret_cast<h8>(UMA_PAIRS(d2, d2, top, low, 1, 3));
+          }
+        }
+      }
+      for (; k < steps; ++k)
+        for (int i = 0; i < 8; ++i) to[k * count + r + i] = rows[r + i][begin + k];
+    }
+  }
+#undef UMA_PAIRS
 }
 
 // Rows [first, first + width) of a matrix [count][depth] as one panel.
-void pack_panel(const float* matrix, int64_t count, int64_t depth, int64_t first, int64_t width, const float* zeros, float* to) {
-  const float* rows[kPanel];
+template <typename T>
+void pack_panel(const T* matrix, int64_t count, int64_t depth, int64_t first, int64_t width, const T* zeros, T* to) {
+  const T* rows[kPanel];
   for (int64_t j = 0; j < width; ++j) rows[j] = first + j < count ? matrix + (first + j) * depth : zeros;
-  interleave_rows(rows, width, depth, to);
+  if constexpr (sizeof(T) == 2)
+    interleave_halves(rows, width, depth, to);
+  else
+    interleave_rows(rows, width, depth, to);
 }
 
-void pack(uint8_t* to, const LoraHeader& header, const float* a, const float* b) {
+template <typename T>
+void pack_factors(T* at, const LoraHeader& header, const T* a, const T* b) {
   static thread_local Scratch scratch;
   const int64_t longest = header.k > header.rank ? header.k : header.rank;
-  const float* zeros = static_cast<const float*>(std::memset(scratch.floats(longest), 0, longest * sizeof(float)));
-  std::memcpy(to, &header, sizeof(header));
-  float* at = reinterpret_cast<float*>(to + sizeof(header));
+  const T* zeros = static_cast<const T*>(std::memset(scratch.bytes(longest * sizeof(T)), 0, longest * sizeof(T)));
   for (int64_t panel = 0; panel < rank_panels(header.rank); ++panel) {
     const int64_t width = panel_width(header.rank, panel);
     pack_panel(a, header.rank, header.k, panel * kPanel, width, zeros, at);
@@ -61,18 +116,27 @@ void pack(uint8_t* to, const LoraHeader& header, const float* a, const float* b)
     pack_panel(b, header.n, header.rank, panel * kPanel, kPanel, zeros, at);
 }
 
+void pack(uint8_t* to, const LoraHeader& header, const void* a, const void* b) {
+  std::memcpy(to, &header, sizeof(header));
+  with_type(header.type, [&](auto factor) {
+    using T = decltype(factor);
+    pack_factors(reinterpret_cast<T*>(to + sizeof(header)), header, static_cast<const T*>(a), static_cast<const T*>(b));
+  });
+}
+
 // Some rows of one adapter, in the order of rows: what passes through a site's factors together, while those are in the cache.
 struct RowBlock {
   int64_t adapter, first, rows;
 };
 constexpr int64_t kBlockTiles = 4;      // of a block, at most
-constexpr int64_t kExpandFloats = 4096;  // of B that all tiles of a block pass before the next: half of an L1 cache
+constexpr int64_t kExpandBytes = 16384;  // of B that all tiles of a block pass before the next: half of an L1 cache
 
 // out = or += some rows of x times `panels` panels of `width` columns, `depth` of their `stride` k. Rows of x are read where
 // they lie: with few columns, bringing them side by side would cost as much as the product.
+template <typename T>
 struct RowsStep {
   const float* const* x;
-  const float* weights;
+  const T* weights;
   int64_t width, depth, stride, panels;
   float* const* out;
   int64_t columns;  // from `out` to the row's end
@@ -80,8 +144,8 @@ struct RowsStep {
 };
 
 // Out of line: inlined among others, its pointers would not stay in registers.
-template <int kRows, int kV>
-__attribute__((noinline)) void rows_tile(const RowsStep& step) {
+template <int kRows, int kV, typename T>
+__attribute__((noinline)) void rows_tile(const RowsStep<T>& step) {
   const float* x[kRows];
   for (int r = 0; r < kRows; ++r) x[r] = step.x[r];
   const int64_t depth = step.depth, width = step.width;
@@ -89,7 +153,7 @@ __attribute__((noinline)) void rows_tile(const RowsStep& step) {
   for (int64_t p = 0; p < step.panels; ++p) {
     for (int64_t column = 0; column < width && at < step.columns; column += kV * kLanes, at += kV * kLanes) {
       vf sums[kRows][kV] = {};
-      const float* weights = step.weights + p * width * step.stride + column;
+      const T* weights = step.weights + p * width * step.stride + column;
       for (int64_t k = 0; k < depth; ++k, weights += width) {
         vf weight[kV];
         UMA_UNROLL for (int v = 0; v < kV; ++v) weight[v] = load(weights + v * kLanes);
@@ -104,8 +168,8 @@ __attribute__((noinline)) void rows_tile(const RowsStep& step) {
   }
 }
 
-template <int kRows>
-void rows_step(int rows, const RowsStep& step) {
+template <int kRows, typename T>
+void rows_step(int rows, const RowsStep<T>& step) {
   if (rows == kRows) return step.width >= kTileVecs * kLanes ? rows_tile<kRows, kTileVecs>(step) : rows_tile<kRows, 1>(step);
   if constexpr (kRows > 1) rows_step<kRows - 1>(rows, step);
 }
@@ -121,12 +185,13 @@ void for_tiles(int64_t rows, const Body& body) {
 }
 
 // shrunk[i] = scaling * x A^T of row order[i], i < rows; rows of `shrunk` are padded_rank floats.
-void shrink(const Adapter& adapter, const float* x, const int32_t* order, int64_t rows, float* shrunk) {
+template <typename T>
+void shrink(const Adapter& adapter, const T* a, const float* x, const int32_t* order, int64_t rows, float* shrunk) {
   const int64_t slice = slice_depth(adapter.k), ld = padded_rank(adapter.rank);
   for (int64_t panel = 0; panel < rank_panels(adapter.rank); ++panel) {
     const int64_t column = panel * kPanel, width = panel_width(adapter.rank, panel);
     for (int64_t k = 0; k < adapter.k; k += slice) {
-      const float* weights = adapter.a + column * adapter.k + k * width;
+      const T* weights = a + column * adapter.k + k * width;
       const int64_t depth = slice < adapter.k - k ? slice : adapter.k - k;
       for_tiles(rows, [&](int64_t first, int count) {
         const float* from[kTileRows];
@@ -135,18 +200,24 @@ void shrink(const Adapter& adapter, const float* x, const int32_t* order, int64_
           from[r] = x + order[first + r] * adapter.k + k;
           to[r] = shrunk + (first + r) * ld + column;
         }
-        rows_step<kTileRows>(count, {from, weights, width, depth, depth, 1, to, width, k > 0});
+        rows_step<kTileRows, T>(count, {from, weights, width, depth, depth, 1, to, width, k > 0});
       });
     }
   }
   for (int64_t i = 0; i < rows * ld; i += kLanes) store(shrunk + i, load(shrunk + i) * adapter.scaling);
 }
+void shrink(const Adapter& adapter, const float* x, const int32_t* order, int64_t rows, float* shrunk) {
+  with_type(adapter.type, [&](auto factor) {
+    shrink(adapter, reinterpret_cast<const decltype(factor)*>(adapter.a), x, order, rows, shrunk);
+  });
+}
 
 // The columns of panels [panel, end) of row order[i] of out += shrunk[i] B^T.
-void expand(const Adapter& adapter, const float* shrunk, const int32_t* order, int64_t rows, int64_t panel, int64_t end,
+template <typename T>
+void expand(const Adapter& adapter, const T* b, const float* shrunk, const int32_t* order, int64_t rows, int64_t panel, int64_t end,
             float* out, int64_t out_stride) {
   const int64_t slice = slice_depth(adapter.rank), ld = padded_rank(adapter.rank);
-  const int64_t most = kExpandFloats / (kPanel * adapter.rank) + 1;
+  const int64_t most = kExpandBytes / static_cast<int64_t>(kPanel * adapter.rank * sizeof(T)) + 1;
   for (; panel < end; panel += most) {
     const int64_t n = panel * kPanel, panels = most < end - panel ? most : end - panel;
     for_tiles(rows, [&](int64_t first, int count) {
@@ -158,11 +229,18 @@ void expand(const Adapter& adapter, const float* shrunk, const int32_t* order, i
           to[r] = out + order[first + r] * out_stride + n;
         }
         const int64_t depth = slice < adapter.rank - k ? slice : adapter.rank - k;
-        const float* weights = adapter.b + n * adapter.rank + k * kPanel;
-        rows_step<kTileRows>(count, {from, weights, kPanel, depth, adapter.rank, panels, to, adapter.n - n, true});
+        const T* weights = b + n * adapter.rank + k * kPanel;
+        rows_step<kTileRows, T>(count, {from, weights, kPanel, depth, adapter.rank, panels, to, adapter.n - n, true});
       }
     });
   }
+}
+
+void expand(const Adapter& adapter, const float* shrunk, const int32_t* order, int64_t rows, int64_t panel, int64_t end,
+            float* out, int64_t out_stride) {
+  with_type(adapter.type, [&](auto factor) {
+    expand(adapter, reinterpret_cast<const decltype(factor)*>(adapter.b), shrunk, order, rows, panel, end, out, out_stride);
+  });
 }
 
 void lora(const float* x, float* out, int64_t out_stride, const LoraSlice* slices, int64_t num_slices, const int32_t* offsets,

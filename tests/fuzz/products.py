@@ -193,7 +193,9 @@ def _draw_factors(draw: Draw, width: int, rows: int, name: str) -> Factors | Non
     if not rank:
         return None
     scaling = draw.random.choice((1.0, 0.25, -2.0))
-    return torch.randn(rank, width) * width**-0.5, torch.randn(rows, rank) * rank**-0.5, scaling
+    dtype = draw.pick(f"{name} type", (torch.float32, torch.float16, torch.bfloat16))
+    lora_a, lora_b = torch.randn(rank, width) * width**-0.5, torch.randn(rows, rank) * rank**-0.5
+    return lora_a.to(dtype), lora_b.to(dtype), scaling
 
 
 def _pack(factors: Factors | None) -> PackedLora | None:

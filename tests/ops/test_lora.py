@@ -84,6 +84,51 @@ def test_a_row_has_the_same_bits_in_every_batch(backend: str) -> None:
         assert_invariant(run(some), together[some])
 
 
+def factors_of(case: LoraCase, dtype: torch.dtype) -> list[Factors | None]:
+    """Rounded to `dtype`, with its smallest numbers and both zeros among them."""
+    normal = torch.finfo(dtype).smallest_normal
+    smallest = normal * torch.finfo(dtype).eps
+    odd = torch.tensor([smallest, -3 * smallest, normal, 0.0, -0.0])
+    found: list[Factors | None] = []
+    for factors in random_factors(case):
+        if factors is None:
+            found.append(None)
+            continue
+        lora_a, lora_b = (f.to(dtype) for f in factors[:2])
+        lora_a.view(-1)[: len(odd)] = odd[: lora_a.numel()].to(dtype)
+        lora_b.view(-1)[-5:] = odd[: lora_b.numel()].to(dtype)
+        found.append((lora_a, lora_b, factors[2]))
+    return found
+
+
+@threads_matter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+def test_factors_of_16_bits_give_the_bits_of_the_same_in_fp32(case: LoraCase, dtype: torch.dtype, backend: str) -> None:
+    factors = factors_of(case, dtype)
+    wide = [None if f is None else (f[0].float(), f[1].float(), f[2]) for f in factors]
+    narrow, packed = pack_all(factors), pack_all(wide)
+    x, base = torch.randn(case.tokens, case.width), torch.randn(case.tokens, case.rows)
+    routing = LoraRouting.build(case.token_lora_mapping, len(case.ranks))
+    out, expected = base.clone(), base.clone()
+    lora(x, out, narrow, routing)
+    lora(x, expected, packed, routing)
+    assert_exact(out, expected)
+    for half, whole in zip(narrow, packed, strict=True):
+        if half is not None and whole is not None:
+            assert half.nbytes - whole.nbytes == -(whole.nbytes - 64) // 2, "two bytes a factor, behind the header"
+
+
+@threads_matter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_value_of_16_bits_is_read_exactly(dtype: torch.dtype, backend: str) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    values = values[values.isfinite()].view(-1, 1)  # as B of rank 1: out = 0 + 1 * value
+    out = torch.zeros(1, len(values))
+    lora(torch.ones(1, 1), out, [pack_lora(torch.ones(1, 1, dtype=dtype), values, 1.0)], LoraRouting.build([0], 1))
+    assert_exact(out[0], values.flatten().float() + 0.0)
+
+
 @threads_matter
 @pytest.mark.parametrize("tokens", [1, 7, 100])
 def test_the_number_of_threads_changes_no_bit(tokens: int, backend: str) -> None:

@@ -285,9 +285,10 @@ def test_a_rank_above_the_limit_names_both_and_the_option(write: Write) -> None:
         load_adapter(write({"r": 257}, make_tensors(257)), SITES, max_rank=512)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_refused(write: Write, bad: float) -> None:
-    tensors = make_tensors(dtype=torch.float16)
+def test_weights_that_are_not_finite_are_refused(write: Write, bad: float, dtype: torch.dtype) -> None:
+    tensors = make_tensors(dtype=dtype)
     tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"][3, 1] = bad
     with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight` holds NaN or infinity"):
         load_adapter(write({}, tensors), SITES, 8)

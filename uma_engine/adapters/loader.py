@@ -101,8 +101,12 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
             raise AdapterError(f"`{path}` is not a regular file")
         if status.st_size > max_bytes:
             raise AdapterError(f"`{path}` has {status.st_size} bytes but at most {max_bytes} are read")
-        with open(descriptor, "rb", closefd=False) as file:
-            return file.read(max_bytes)
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:  # a buffer would be one more copy
+            parts, left = [], status.st_size
+            while left and (part := file.read(left)):
+                parts.append(part)
+                left -= len(part)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         os.close(descriptor)
 
@@ -122,7 +126,7 @@ def _read_config(directory: Path, where: str) -> PeftConfig:
 
 
 def _by_site(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
-    """(prefix of the trained model's module names, site -> {"A": [R, K], "B": [N, R]}) in fp32."""
+    """(prefix of the trained model's module names, site -> {"A": [R, K], "B": [N, R]}): as they were stored, fp64 in fp32."""
     prefix: str | None = None
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name in sorted(tensors):
@@ -139,9 +143,7 @@ def _by_site(tensors: Mapping[str, torch.Tensor], where: str) -> tuple[str, dict
             raise AdapterError(
                 f"{where}: `{name}` is {tensor.dtype} but must be a floating point type of 16 bits or more"
             )
-        tensor = tensor.to(torch.float32).contiguous()
-        if not all(math.isfinite(x) for x in torch.aminmax(tensor)):  # one pass: a NaN is its own extreme
-            raise AdapterError(f"{where}: `{name}` holds NaN or infinity", hint="the training has diverged")
+        tensor = (tensor.to(torch.float32) if tensor.dtype is torch.float64 else tensor).contiguous()
         parts.setdefault(found["site"], {})[found["part"]] = tensor
     if prefix is None:
         raise AdapterError(f"{where}: `{WEIGHTS}` holds no tensors")
@@ -193,6 +195,10 @@ def _check_parts(parts: Mapping[str, Mapping[str, torch.Tensor]], expected: list
         )
 
 
+def _name(prefix: str, site: str, part: str) -> str:
+    return f"base_model.model.{prefix}{site}.lora_{part}.weight"
+
+
 def _pack(
     config: PeftConfig,
     tensors: Mapping[str, torch.Tensor],
@@ -214,6 +220,13 @@ def _pack(
                         f" {list(shape)}",
                         hint="the adapter was trained on another base",
                     )
+                if not all(math.isfinite(x) for x in torch.aminmax(tensor)):  # one pass: a NaN is its own extreme
+                    raise AdapterError(
+                        f"{where}: `{_name(prefix, site, name)}` holds NaN or infinity",
+                        hint="the training has diverged",
+                    )
+            if lora_a.dtype is not lora_b.dtype:
+                lora_a, lora_b = lora_a.float(), lora_b.float()
             packed[site] = pack_lora(lora_a, lora_b, config.scaling_of(prefix + site))
     return LoadedAdapter(
         digest=digest.result(),
@@ -235,9 +248,7 @@ def _digest(
         rank, scaling = config.rank_of(prefix + site), config.scaling_of(prefix + site)
         digest.update(f"\n{site} {rank} {scaling.hex()}\n".encode())
         for part in "AB":
-            tensor = tensors[
-                f"base_model.model.{prefix}{site}.lora_{part}.weight"
-            ]  # as it was stored: half of fp32's bytes
+            tensor = tensors[_name(prefix, site, part)]  # as it was stored: half of fp32's bytes
             digest.update(f"{part} {tensor.dtype}\n".encode())
             digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()

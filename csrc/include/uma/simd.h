@@ -33,14 +33,49 @@ typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 // Unaligned, may-alias twins: dereferencing one is an unaligned load or store.
 typedef float vfu __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t viu __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t vhu __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 typedef uint8_t vbu __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef int8_t vcu __attribute__((vector_size(kLanes), aligned(1), may_alias));
+
+// Floats of 16 bits, in memory alone: reading them loses nothing.
+struct fp16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vfu*>(p); }
 static inline void store(float* p, vf v) { *reinterpret_cast<vfu*>(p) = v; }
 static inline vf splat(float x) { return x - vf{}; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 static inline vi to_int(vf v) { return __builtin_convertvector(v, vi); }  // toward zero
+#if defined(UMA_ISA_AVX512)
+static inline vf load(const fp16* p) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline vf load(const bf16* p) {
+  const __m512i bits = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(bits) << 16);
+}
+#elif defined(UMA_ISA_AVX2)
+static inline vf load(const fp16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+static inline vf load(const bf16* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return reinterpret_cast<vf>(reinterpret_cast<vi>(bits) << 16);
+}
+#else
+static inline vf load(const fp16* p) {
+  const vi bits = __builtin_convertvector(*reinterpret_cast<const vhu*>(p), vi);
+  const vi magnitude = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+  vi value = reinterpret_cast<vi>(reinterpret_cast<vf>(magnitude) * 0x1p112f);  // the exponent's bias; subnormals become normal
+  value |= (magnitude >= 0x7c00 << 13) & 0x7f800000;                            // infinity and NaN
+  return reinterpret_cast<vf>(value | sign);
+}
+static inline vf load(const bf16* p) {
+  return reinterpret_cast<vf>(__builtin_convertvector(*reinterpret_cast<const vhu*>(p), vi) << 16);
+}
+#endif
 static inline vf select(vi mask, vf a, vf b) { return mask ? a : b; }  // lanes of a where mask is all ones, else of b
 static inline vf max(vf a, vf b) { return a > b ? a : b; }              // b where either is NaN
 static inline vf min(vf a, vf b) { return a < b ? a : b; }

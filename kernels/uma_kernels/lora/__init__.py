@@ -50,11 +50,12 @@ class PackedLora:
 def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> PackedLora:
     """
     Semantics:  prepares the update scaling * lora_b @ lora_a of a layer
-    Shapes:     lora_a [R, K] . lora_b [N, R], none of them 0; fp32 (cpp), or both in one of fp32, bf16, fp16
+    Shapes:     lora_a [R, K] . lora_b [N, R], none of them 0; both in one of fp32, bf16, fp16. cpp keeps them in that type and gives
+                the bits that the same values give in fp32
     Errors:     ShapeError when the factors do not fit together or are empty
     """
     backend = choose("lora", lora_a.device.type)
-    check("lora_a", lora_a, (None, None), torch.float32 if backend == "cpp" else FLOATS)
+    check("lora_a", lora_a, (None, None), FLOATS)
     check("lora_b", lora_b, (None, lora_a.shape[0]), lora_a.dtype)
     if not lora_a.numel() or not lora_b.numel():
         raise ShapeError(f"`lora_a` {list(lora_a.shape)} and `lora_b` {list(lora_b.shape)} must not be empty")

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> tuple[tuple[torch.Tensor, ...], int]:
     kernels = extension()
-    shape = (*lora_a.shape, lora_b.shape[0])
+    kind = {torch.float16: kernels.FactorType.fp16, torch.bfloat16: kernels.FactorType.bf16}.get(
+        lora_a.dtype, kernels.FactorType.fp32
+    )
+    shape = (*lora_a.shape, lora_b.shape[0], kind)
     data = aligned_bytes(kernels.lora_packed_bytes(*shape))
     kernels.pack_lora(data.data_ptr(), *shape, scaling, lora_a.data_ptr(), lora_b.data_ptr())
     return (data,), data.data_ptr()

@@ -70,17 +70,18 @@ def requirements(args: argparse.Namespace) -> None:
     some = spread(test, args.base_sentences)
     systems: dict[str, Callable[[], tuple[Sequence[Sentence], list[set[Span]], int]]] = {
         "looked up": lambda: (test, [{m.span() for m in looked_up.finditer(s.text)} for s in test], 0),
-        str(Path(args.adapter).name): lambda: (test, *said_by(args.adapter, test)),
+        "adapter": lambda: (test, *said_by(args.adapter, test)),
         "base": lambda: (some, *said_by(None, some)),
     }
-    for name, ask in systems.items():
-        asked, found, lost = ask()
+    for name in args.systems:
+        asked, found, lost = systems[name]()
         whole = f1(found, asked)
         by_post: dict[str, list[tuple[set[Span], Sentence]]] = defaultdict(list)
         for spans, sentence in zip(found, asked, strict=True):
             by_post[sentence.post].append((spans, sentence))
         keep(args, {
-            "kind": "requirements", "system": name, "model": args.model, "sentences": len(asked), "posts": len(by_post),
+            "kind": "requirements", "system": Path(args.adapter).name if name == "adapter" else name,
+            "model": args.model, "sentences": len(asked), "posts": len(by_post),
             "spans": whole.spans,
             "precision_of_spans": round(whole.precision, 4), "recall_of_spans": round(whole.recall, 4), "f1": round(whole.f1, 4),
             "f1_interval": interval(by_post, lambda rows: f1([r[0] for r in rows], [r[1] for r in rows]).f1),
@@ -171,6 +172,9 @@ def main() -> None:
     first.add_argument("--sentences", type=int, help="of the test posts (default: all)")
     first.add_argument("--base-sentences", type=int, default=600, help="that the bare base is asked, which says much")
     first.add_argument("--adapter", default="requirement-extract")
+    first.add_argument(
+        "--systems", nargs="+", choices=("looked up", "adapter", "base"), default=["looked up", "adapter", "base"]
+    )
     second.add_argument("--data", type=Path, required=True, help="made by `uma data human`")
     second.add_argument("--adapter", default="reply-quality")
     for sub in (first, second):

@@ -343,13 +343,15 @@ def specialists_section(rows: Sequence[Row]) -> str:
     if wanted:
         body = [
             (
-                r["system"], f"{r['f1']:.3f}", "{:.3f} to {:.3f}".format(*r["f1_interval"]), f"{r['precision_of_spans']:.3f}",
+                r["system"], r["sentences"], r["spans"], f"{r['f1']:.3f}", "{:.3f} to {:.3f}".format(*r["f1_interval"]), f"{r['precision_of_spans']:.3f}",
                 f"{r['recall_of_spans']:.3f}", f"{r['words_f1']:.3f}", r["lines_not_in_sentence"],
             )
             for r in wanted
         ]  # fmt: skip
         header = (
             "system",
+            "sentences",
+            "spans",
             "F1 of spans",
             "95 %, over posts",
             "precision",
@@ -358,8 +360,8 @@ def specialists_section(rows: Sequence[Row]) -> str:
             "lines that stand nowhere",
         )
         parts.append(
-            f"Which requirements a sentence of a post states: SkillSpan's test posts ({wanted[0]['posts']} posts, {wanted[0]['sentences']}"
-            f" sentences, {wanted[0]['spans']} spans that agree to the character):\n\n{table(header, body)}\n"
+            f"Which requirements a sentence of a post states: SkillSpan's test posts, spans that agree to the"
+            f" character. The bare base says much, so it was asked some of the sentences:\n\n{table(header, body)}\n"
         )
     liked = newest([r for r in rows if r["kind"] == "replies"], lambda r: r["system"])
     if liked:

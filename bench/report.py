@@ -343,7 +343,8 @@ def specialists_section(rows: Sequence[Row]) -> str:
     if wanted:
         body = [
             (
-                r["system"], r["sentences"], r["spans"], f"{r['f1']:.3f}", "{:.3f} to {:.3f}".format(*r["f1_interval"]), f"{r['precision_of_spans']:.3f}",
+                r["system"], r["sentences"], r["spans"], f"{r['f1']:.3f}", "{:.3f} to {:.3f}".format(*r["f1_interval"]),
+                f"{r['precision_of_spans']:.3f}",
                 f"{r['recall_of_spans']:.3f}", f"{r['words_f1']:.3f}", r["lines_not_in_sentence"],
             )
             for r in wanted

@@ -49,10 +49,8 @@ WINDOW, STEP = 10, 5
 LETTERS = "ABCDEFGHIJ"
 WORDS = 40  # of a candidate in a window
 REASON_TOKENS, NOTE_TOKENS = 120, 32
-QUIET, LEAST_QUIET = (
-    0.1,
-    5,
-)  # largest share of the machine that others may have where CPU time counts; such jobs at least
+QUIET = 0.1  # largest share of the machine that others may have where CPU time counts
+LEAST_QUIET = 5  # such jobs at least
 # Of the cascade's bounds: chosen by `bench.cascade` on 24 held-out jobs, some of which may be among these.
 CONFIDENCE = 0.6
 # No letters as an example: a small model repeats them. Of four wordings the best on dev jobs, written.

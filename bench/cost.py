@@ -16,7 +16,8 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     with reasons  the same, after the model's own paragraph of reasons
 
 Small models that are asked for an order often write none, so each next letter is the most probable of those not yet named: greedy decoding
-under a grammar that has each letter once. List-wise ways get the first stage's order; `as_given` is the share of jobs that came out in it.
+under a grammar that has each letter once, each read by a scoring call on the cached prompt. List-wise ways get the first stage's order;
+`as_given` is the share of jobs that came out in it.
 
 Ways that compute more may answer fewer jobs (`--slow-jobs`), as may a larger model (NAME=JOBS): some of all jobs, spread over them, and a
 comparison is on these alone. Every answer is kept under bench/results/cost/ as it comes, so that a run that was stopped goes on. Rows go

@@ -6,14 +6,15 @@ Knows rows and documents; measures nothing. Of each comparison the newest row co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.ceiling import KINDS
 from bench.charts import Bar, bar_chart
+from bench.cost_page import cost_page
 from bench.gpu import report as gpu
 from bench.rows import RESULTS, ROOT
+from bench.tables import Row, interval, newest, source, table
 
 DOCS = ROOT / "docs"
 TASKS = {
@@ -23,33 +24,11 @@ TASKS = {
     "decode_1": "Decoding one sequence, 64 steps after a prompt of 64",
     "decode_16": "Decoding 16 sequences, 64 steps after prompts of 64",
 }
-Row = dict[str, Any]
 
 
 def read_rows(area: str) -> list[Row]:
     path = RESULTS / f"{area}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def newest(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[Row]:
-    """The last row for each key, in the order in which the keys first appear."""
-    found: dict[Any, Row] = {}
-    for row in rows:
-        found[key(row)] = row
-    return list(found.values())
-
-
-def table(header: Sequence[str], body: Iterable[Sequence[object]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join([*lines, *("| " + " | ".join(str(cell) for cell in row) + " |" for row in body)])
-
-
-def source(rows: Sequence[Row]) -> str:
-    """Where the rows are from: machine, date, commands."""
-    devices = sorted({row["device"] for row in rows})
-    dates = sorted({row["time"][:10] for row in rows})
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{', '.join(devices)}; {rows[0].get('threads', '?')} threads; {span}."
 
 
 def peers_section(rows: Sequence[Row]) -> str:
@@ -154,7 +133,8 @@ def ops_section(rows: Sequence[Row]) -> str:
         )
         body = [
             (
-                row["case"], row["dtype"], row.get("threads", ""), f"{row['p50_ms']:.3f}", f"{row['gflop_s']:.0f}",
+                row["case"] + (f" (adds {row['tax']:.1%} to the products)" if "tax" in row else ""), row["dtype"],
+                row.get("threads", ""), f"{row['p50_ms']:.3f}", f"{row['gflop_s']:.0f}",
                 f"{row['pct_peak']:.0f} % of {row['peak']}" if "peak" in row else "", f"{row.get('pct_read', 0):.0f} %",
                 f"{row['ratio']:.2f} x {row['peer']}",
             )
@@ -188,10 +168,6 @@ def growth_section(rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _interval(values: Sequence[float] | None) -> str:
-    return "" if values is None else f"{values[0]:+.4f} ({values[1]:+.4f} to {values[2]:+.4f})"
-
-
 def quality_section(rows: Sequence[Row]) -> str:
     parts = []
     rows = [{"collection": "crosswalk"} | dict(row) for row in rows]
@@ -203,7 +179,7 @@ def quality_section(rows: Sequence[Row]) -> str:
         body = [
             (
                 r["form"], r["system"], r["model"] if of_model(r) else "", r["precision"] if of_model(r) else "", r["queries"],
-                f"{r['ndcg_10']:.4f}", _interval(r.get("over_minilm")), _interval(r.get("over_fused")),
+                f"{r['ndcg_10']:.4f}", interval(r.get("over_minilm")), interval(r.get("over_fused")),
                 f"{r['worst_major_over_fused']:+.3f}",
             )
             for r in chosen
@@ -226,7 +202,7 @@ def cascade_section(rows: Sequence[Row]) -> str:
     body = [
         (
             r["prefix_tokens"], r["confidence"], f"{r['times']:.2f} ({r['times_p20']:.2f}..{r['times_p80']:.2f})",
-            f"{r['tokens_ratio']:.2f}", f"{r['whole_share']:.0%}", f"{r['ndcg']:.4f}", _interval(r["ndcg_change"]), r["jobs"],
+            f"{r['tokens_ratio']:.2f}", f"{r['whole_share']:.0%}", f"{r['ndcg']:.4f}", interval(r["ndcg_change"]), r["jobs"],
         )
         for r in chosen
     ]  # fmt: skip
@@ -401,96 +377,6 @@ def adapters_section(rows: Sequence[Row]) -> str:
     return f"{table(header, body)}\n\n{source(chosen)}\n"
 
 
-def cost_page(rows: Sequence[Row]) -> str:
-    chosen = newest([r for r in rows if "as_given" in r], lambda r: (r["way"], r["model"], r["candidates"]))
-    pages = []
-    for count in sorted({r["candidates"] for r in chosen}):
-        some = [r for r in chosen if r["candidates"] == count]
-        pages.append(
-            f"## The first stage's best {count} candidates\n\n{_ways(some)}\n\n{source(some)}\n\n{_factors(some)}"
-        )
-    head = (
-        "# What a ranking costs\n\nRendered from `bench/results/cost.jsonl` by `python -m bench.report`; the ways are in `bench/cost.py`."
-        f" Prices are those of a machine of two CPUs at {PRICE} USD an hour, kept busy. Queries are held-out jobs."
-        " List-wise ways begin from the first stage's order, and a model that has none of its own leaves it as given."
-        " Comparisons with `shared` are on the queries that a way answered. CPU time counts where other processes had at most a tenth"
-        " of the machine; the ways ran one after another, so it is no race in turns.\n\n"
-    )
-    return head + "\n".join(pages)
-
-
-def _ways(rows: Sequence[Row]) -> str:
-    body = [
-        (
-            r["way"], r["model"], r["jobs"], f"{r['ndcg_10']:.4f}", f"{r['as_given']:.0%}",
-            _interval(r.get("over_shared")), f"{r['gflop_query']:,.0f}",
-            f"{r.get('times_the_flops_of_shared', 1):.2f}", f"{r['queries_pflop']:,.0f}" if r["queries_pflop"] else "",
-            f"{r['ndcg_pflop']:,.0f}" if r["ndcg_pflop"] else "",
-            *(
-                ("beside other work", "", "")
-                if r["cpu_seconds_query"] is None
-                else (
-                    f"{r['cpu_seconds_query']:.2f} ({r['quiet_jobs']})",
-                    _times(r.get("times_the_cpu_seconds_of_shared", 1.0)),
-                    f"{r['cpu_seconds_query'] / 2 / 3600 * PRICE * 1e6:,.0f}",
-                )
-            ),
-        )
-        for r in rows
-    ]  # fmt: skip
-    header = (
-        "way", "model", "queries", "nDCG@10", "order as given", "over shared", "GFLOP a query", "of shared", "queries a PFLOP",
-        "nDCG a PFLOP", "CPU seconds a query (quiet jobs)", "of shared", "USD a million queries",
-    )  # fmt: skip
-    return table(header, body)
-
-
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
-
-
-def _factors(rows: Sequence[Row]) -> str:
-    """What the tuned small model's cascade saves against each other model that writes an order, split: factors multiply to the total."""
-    found = {(r["way"], r["model"]): r for r in rows}
-    small = next((m for w, m in found if w == "cascade"), None)
-    if small is None:
-        return ""
-    body = []
-    for way, model in found:
-        if way not in ("written", "with reasons") or ("shared", model) not in found:
-            continue
-        parts = [(way, model), ("shared", model), ("shared", small), ("cascade", small)]
-        for what, ratio in (("FLOPs", "times_the_flops_of_shared"), ("CPU seconds", "times_the_cpu_seconds_of_shared")):
-            # Each row knows its ratio to the small model's shared scoring on the jobs that it answered, in CPU time those that both
-            # answered on a quiet machine.
-            written, theirs, _, cascade = (found[part].get(ratio, 1.0) for part in parts)
-            if None in (written, theirs, cascade):
-                continue
-            factors = [written / theirs, theirs, 1 / cascade]
-            body.append(
-                (f"{model}, {way}", found[parts[0]]["jobs"], f"{found[parts[0]]['as_given']:.0%}", what,
-                 *(f"{x:.2f}" for x in factors), f"{written / cascade:.1f}",
-                 _interval([-x for x in (found[parts[0]]["over_shared"][i] for i in (0, 2, 1))]))
-            )  # fmt: skip
-    header = (
-        "ranking by",
-        "queries",
-        "order as given",
-        "of",
-        "method",
-        "size",
-        "cascade",
-        "total",
-        "nDCG@10 gained by shared",
-    )
-    return (
-        "### The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model that writes an"
-        " order: by the method (scoring under a shared job, same model), by the model's size, by the cascade.\n\n"
-        f"{table(header, body)}\n"
-    )
-
-
-PRICE = 0.085  # USD an hour, of two virtual CPUs with 4 GiB on demand at a large cloud in 2026
 SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("peers", "Against other engines, CPU", peers_section),
     ("accuracy", "What a precision costs in accuracy", accuracy_section),

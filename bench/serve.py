@@ -13,8 +13,9 @@ front     one process against a front end before it, the same requests in turns.
 stream    many streams of a tiny model, whose tokens cost next to nothing: chunks a second, and for each second of the front end's CPU.
 batching  64 completions of mixed lengths: all at once against batches of 16 that wait for their longest. Goal: 4x.
 priority  small interactive requests, alone, beside a flood of large ones of the class batch, and beside the same flood as interactive.
-swaps     bases in a circle while requests come at 70 % of the capacity of the slowest (`--own-rate`: of the one that answers); for each
-          base the latencies during swaps beside those without; afterwards each answer is recomputed by the base that it names.
+swaps     bases in a circle while requests come at 70 % of the capacity of the slowest (`--own-rate`: of the one that answers); then each
+          base gets those that it answered once more, at the same times, while nobody swaps; `added`: of the differences, request by
+          request. Afterwards each answer is recomputed by the base that it names.
 
 Load is made by another process on the same machine, and takes part of it. Rows go to bench/results/serve.jsonl.
 """
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ ADMIN = "bench-admin-secret-0123456789"
 SKILLS = "Rust PostgreSQL React nursing welding Kubernetes accounting German logistics illustration".split()  # noqa: SIM905
 IDLE_TIMES = 5  # of an idle server's median: the objective of goodput
 BATCH = 16
+SIZES = (2, 4, 4, 8, 8, 16)
 
 
 def texts(rng: random.Random, count: int) -> list[str]:
@@ -51,11 +54,11 @@ def texts(rng: random.Random, count: int) -> list[str]:
     ]
 
 
-def rank_body(rng: random.Random) -> dict[str, Any]:
-    """Most requests are small, some are large."""
+def rank_body(rng: random.Random, sizes: Sequence[int] = SIZES) -> dict[str, Any]:
+    """Most requests are small, some are large: `sizes` are numbers of candidates."""
     return {
         "query": f"We need somebody who knows {rng.choice(SKILLS)} and {rng.choice(SKILLS)}.",
-        "candidates": texts(rng, rng.choice((2, 4, 4, 8, 8, 16))),
+        "candidates": texts(rng, rng.choice(sizes)),
     }
 
 
@@ -119,18 +122,18 @@ async def open_loop(
     return await asyncio.gather(*tasks)
 
 
-async def capacity(client: Any, seconds: float = 15.0) -> tuple[float, float]:
+async def capacity(client: Any, seconds: float = 15.0, sizes: Sequence[int] = SIZES) -> tuple[float, float]:
     """(requests a second of a closed loop of eight, the median seconds of one that is alone)"""
     rng = random.Random(99)
     alone = []
     for _ in range(12):
-        alone.append((await asked(client, rank_body(rng), time.perf_counter()))["whole"])
+        alone.append((await asked(client, rank_body(rng, sizes), time.perf_counter()))["whole"])
     done, end = 0, time.perf_counter() + seconds
 
     async def again() -> None:
         nonlocal done
         while time.perf_counter() < end:
-            await asked(client, rank_body(rng), time.perf_counter())
+            await asked(client, rank_body(rng, sizes), time.perf_counter())
             done += 1
 
     began = time.perf_counter()
@@ -289,9 +292,8 @@ async def priority(args: argparse.Namespace) -> None:
 
 
 async def swaps(args: argparse.Namespace) -> None:
-    answers: list[tuple[dict[str, Any], Any, float]] = []
+    asked_for: list[Asked] = []
     pauses: list[float] = []
-    quiet: dict[str, list[float]] = {}
     rates: dict[str, float] = {}
     phases: dict[str, list[float]] = {}
     async with served("--model", args.models[0], "--front-ends", "1") as client:
@@ -307,21 +309,16 @@ async def swaps(args: argparse.Namespace) -> None:
         circle_once = [*args.models[1:], args.models[0]]
         for model in circle_once:  # each base by itself; the caches are filled by the way
             await swap(model)
-            rates[model] = args.share * (await capacity(client))[0]
+            rates[model] = args.share * (await capacity(client, sizes=args.sizes))[0]
         if (
             not args.own_rate
         ):  # what waits at the door while a base flips is answered by the next one, which may be many times slower
             rates = dict.fromkeys(rates, min(rates.values()))
-        for model in circle_once:
-            await swap(model)
-            quiet[model] = [
-                a["whole"] for a in await open_loop(lambda b, t: asked(client, b, t), rates[model], 1, args.seconds)
-            ]
-            sys.stderr.write(f"  {model}: {rates[model]:.2f} requests a second, {percentiles(quiet[model])}\n")
+        phases.clear()
 
-        async def ask(body: dict[str, Any], due: float) -> None:
-            answer = await client.post("/v1/rank", json=body)
-            answers.append((body, answer, time.perf_counter() - due))
+        async def ask(asked: Asked, due: float) -> Asked:
+            answer = await client.post("/v1/rank", json=asked.body)
+            return replace(asked, answer=answer, seconds=time.perf_counter() - due)
 
         now = args.models[0]
 
@@ -338,27 +335,71 @@ async def swaps(args: argparse.Namespace) -> None:
         began, due = time.perf_counter(), 0.0
         while not swapping.done():
             await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
-            tasks.append(asyncio.create_task(ask(rank_body(rng), began + due)))
+            tasks.append(asyncio.create_task(ask(Asked(due, rank_body(rng, args.sizes)), began + due)))
             due += rng.expovariate(rates[now])
-        await asyncio.gather(swapping, *tasks)
-    failed = [a for _, a, _ in answers if a.status_code != 200]
-    good = [(body, answer.json(), s) for body, answer, s in answers if answer.status_code == 200]
-    wrong = recomputed(args.models, [(body, said) for body, said, _ in good], args.checked)
+        asked_for = list(await asyncio.gather(*tasks))
+        await swapping
+        good = [a for a in asked_for if a.answer.status_code == 200]
+        quiet: dict[str, list[float]] = {}
+        for model in circle_once:  # the same requests at the same times, and nobody swaps
+            await swap(model)
+            quiet[model] = []
+            for part in spans(good, lambda a, m=model: a.model == m):
+                began = time.perf_counter()
+
+                async def again(asked: Asked, began: float = began, first: float = part[0].due) -> float:
+                    due = began + asked.due - first
+                    await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                    return (await ask(asked, due)).seconds
+
+                quiet[model] += await asyncio.gather(*map(again, part))
+            sys.stderr.write(f"  {model}, no swaps: {percentiles(quiet[model])}\n")
+    wrong = recomputed(args.models, [(a.body, a.answer.json()) for a in good], args.checked)
     by_base: dict[str, Any] = {}
+    added: dict[str, list[float]] = {}
     for model in args.models:
-        during = [s for _, said, s in good if said["stack"]["model"] == model]
-        before, after = percentiles(quiet[model]), percentiles(during)
+        during, without = [a.seconds for a in good if a.model == model], quiet[model]
+        before, after = percentiles(without), percentiles(during)
+        added[model] = [a - b for a, b in zip(during, without, strict=True)]
         by_base[model] = {
-            "asked_per_s": round(rates[model], 2), "requests": [len(quiet[model]), len(during)], "quiet": before, "during": after,
+            "asked_per_s": round(rates[model], 2), "requests": len(during), "quiet": before, "during": after,
             "adds_p99_ms": round(after["p99_ms"] - before["p99_ms"], 1),
+            "added": percentiles(added[model]),
         }  # fmt: skip
     keep(args, {
-        "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(answers), "share": args.share,
-        "own_rate": args.own_rate,
-        "failed": len(failed), "checked": min(args.checked, len(answers)), "of_another_base": wrong,
-        "swap_s_p50": round(quantiles(pauses)[1], 2),
+        "kind": "swaps", "models": args.models, "swaps": len(pauses), "requests": len(asked_for), "share": args.share,
+        "sizes": args.sizes, "own_rate": args.own_rate, "failed": len(asked_for) - len(good), "checked": min(args.checked, len(good)),
+        "of_another_base": wrong, "swap_s_p50": round(quantiles(pauses)[1], 2),
         "phase_s_p50": {phase: round(quantiles(found)[1], 2) for phase, found in phases.items()}, "by_base": by_base,
+        "added": percentiles([change for changes in added.values() for change in changes]),
     })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request of the swaps: when it was due after the first, what was answered and after how many seconds."""
+
+    due: float
+    body: dict[str, Any]
+    answer: Any = None
+    seconds: float = 0.0
+
+    @property
+    def model(self) -> str:
+        return str(self.answer.json()["stack"]["model"])
+
+
+def spans(asked: Sequence[Asked], wanted: Callable[[Asked], bool]) -> list[list[Asked]]:
+    """The wanted ones in runs: no other lies between those of one run."""
+    runs: list[list[Asked]] = []
+    last = None
+    for place, one in enumerate(asked):
+        if wanted(one):
+            if last != place - 1 or not runs:
+                runs.append([])
+            runs[-1].append(one)
+            last = place
+    return runs
 
 
 def recomputed(models: Sequence[str], answers: Sequence[tuple[dict[str, Any], Any]], most: int) -> int:
@@ -402,6 +443,7 @@ def main() -> None:
         "--rate", type=float, default=0.2, help="of the capacity that interactive requests take"
     )
     made["swaps"].add_argument("--own-rate", action="store_true", help="of each base, not of the slowest")
+    made["swaps"].add_argument("--sizes", type=int, nargs="+", default=SIZES, help="numbers of candidates of a request")
     made["swaps"].add_argument("--checked", type=int, default=200)
     args = parser.parse_args()
     if args.kind == "batching":

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,32 @@ def test_a_base_that_is_prepared_gives_way_to_the_one_that_serves(
                 assert 0.4 < loop.time() - began < 20, "a step each half second"
             assert first.results
             assert [r.score for r in second.all_results] == [r.score for r in alone.all_results]
+
+    asyncio.run(run())
+
+
+def test_a_step_that_has_begun_gives_way_between_layers(bases: list[Path]) -> None:
+    async def run() -> None:
+        async with AsyncEngine(bases[1], **SMALL) as fresh:
+            alone = await fresh.rank(QUERIES[0], TEXTS)
+            asked: list[float] = []
+
+            def busy() -> bool:
+                """Not when the step begins, then for 0.3 s."""
+                asked.append(time.perf_counter())
+                return 0 < asked[-1] - asked[0] < 0.3
+
+            fresh._stack.forget_cached()
+            fresh._stack.loop.give_way = busy
+            began = time.perf_counter()
+            again = await fresh.rank(QUERIES[0], TEXTS)
+            assert 0.3 < time.perf_counter() - began < 5
+            assert [r.score for r in again.all_results] == [r.score for r in alone.all_results]
+            fresh._stack.forget_cached()
+            fresh.give_way(None)
+            began = time.perf_counter()
+            assert (await fresh.rank(QUERIES[0], TEXTS)).results
+            assert time.perf_counter() - began < 0.3
 
     asyncio.run(run())
 

@@ -111,6 +111,8 @@ class EngineLoop:
         self.step_seconds = 0.0
         self.give_way: Callable[[], bool] | None = None  # while it says so, a step waits, for `LONGEST_WAY_S` at most
         self._last_step = 0.0
+        self._way_ends = 0.0  # when the step under way waits no more
+        self._waited_s = 0.0  # by the step under way
         self._rate: float | None = None  # tokens a second
         if not isinstance(runner, LaunchingRunner):
             scheduler.background_tokens = min(FIRST_BACKGROUND_TOKENS, scheduler.background_tokens)
@@ -233,11 +235,29 @@ class EngineLoop:
 
     def _gives_way(self) -> bool:
         """Whether another engine has the machine for now; a moment has passed then."""
-        if self.give_way is None or time.perf_counter() - self._last_step > LONGEST_WAY_S or not self.give_way():
+        if self.give_way is None:
+            return False
+        now = time.perf_counter()
+        self._way_ends = 0.0
+        if now - self._last_step > LONGEST_WAY_S:
+            return False
+        if not self.give_way():
+            self._way_ends = now + LONGEST_WAY_S
             return False
         with self._wake:
             self._wake.wait(0.002)
         return True
+
+    def between_layers(self) -> None:
+        """Asked by the model within a step, on the loop's thread: a step that has begun waits too while another engine has the machine."""
+        give_way = self.give_way
+        if give_way is None or not give_way():
+            return
+        began = now = time.perf_counter()
+        while now < self._way_ends and give_way():
+            time.sleep(0.001)
+            now = time.perf_counter()
+        self._waited_s += now - began
 
     @property
     def busy(self) -> bool:
@@ -284,7 +304,9 @@ class EngineLoop:
                 with _collector_paused():
                     events = self._launch(self._runner, output)
             else:
+                self._waited_s = 0.0
                 result = self._runner.run(output)
+                started += self._waited_s
                 self._charge(output, started)
                 self._pace(output.num_tokens, time.perf_counter() - started)
                 events = self._scheduler.update(output, result)

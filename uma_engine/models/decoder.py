@@ -5,6 +5,8 @@ Knows layers and the shape of a model; does not know files, requests or sampling
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from uma_engine.config import ModelConfig
@@ -48,6 +50,7 @@ class DecoderModel:
         self.placement = weights.placement
         self._sites: dict[str, tuple[int, int]] = {}
         self._taped = TapedDecode(max_positions)
+        self.between_layers: Callable[[], None] | None = None  # called before each layer, but not in a recorded decode
         self._groups: list[SiteGroup] = []
         c = config
         scale = c.hidden_size**0.5 if self.scaled_embedding else None
@@ -98,6 +101,8 @@ class DecoderModel:
         residual, x = self.embedding(batch.input_ids), None  # x: what the next norm adds to the residual
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
+            if self.between_layers is not None:
+                self.between_layers()
             x, residual = block(x, residual, batch, kv.k[layer], kv.v[layer], adapters, prune and layer == last)
         return self.norm(residual) if x is None else self.norm.add(x, residual)
 

@@ -100,6 +100,8 @@ class Stack:
             on_thread_start=lambda: dispatch.set_num_threads(threads),
             meter=self.meter,
         )
+        if config.device == "cpu":  # a device's queue is not the host's to hold up
+            self.model.between_layers = self.loop.between_layers
 
     def _cpu_runner(self, num_blocks: int) -> ModelRunner:
         from uma_engine.runner import ModelRunner

@@ -49,6 +49,8 @@ class EngineConfig:
     # "fast": in 8 bits, outliers apart, about twice as fast and its scores a little off;
     # "exact": fp32 activations, fp32 accumulate.
     precision: str = "near"
+    # Build and ask the tokenizer in another process: opening the base then hardly keeps this interpreter from other threads
+    tokenizer_process: bool = False
     packed_cache: bool = True  # keep packed weights in the cache directory, so that the next start maps them in (CPU)
     seed: int = 0  # base of the seeds of requests that bring none
     device: str = "cpu"  # or "cuda": the current device of torch

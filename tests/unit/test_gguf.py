@@ -101,7 +101,27 @@ def test_metadata_of_every_kind_is_read(tmp_path):
     assert metadata["a.yes"] is True
     assert metadata["a.text"] == "żółć\x00 😀"
     assert metadata["a.ints"].tolist() == [1, -2, 3]
-    assert metadata["a.words"] == ["", "x", "ß"]
+    assert list(metadata["a.words"]) == ["", "x", "ß"]
+    assert metadata["a.words"][1:] == ["x", "ß"]
+    assert metadata["a.words"][-1] == "ß"
+    with pytest.raises(IndexError):
+        metadata["a.words"][3]
+
+
+def test_a_string_of_an_array_that_is_not_utf_8_is_refused_when_it_is_read(tmp_path):
+    words = struct.pack("<IQ", 8, 2) + string(b"good") + string(b"\xc3\x28")
+    (path := tmp_path / "m.gguf").write_bytes(header(keys=1) + key(b"k", 9, words))
+    found = GGUFFile(path).metadata["k"]
+    assert found[0] == "good"
+    for read in (list, lambda strings: strings[1]):
+        with pytest.raises(CorruptFile, match=r"`k` holds a string that is not UTF-8"):
+            read(found)
+
+
+def test_metadata_flags_are_read(tmp_path):
+    metadata = GGUFFile(
+        write_gguf(tmp_path / "m.gguf", lambda writer: writer.add_array("a.flags", [True, False]))
+    ).metadata
     assert metadata["a.flags"].tolist() == [True, False]
 
 

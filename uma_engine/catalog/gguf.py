@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import mmap
 import struct
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from uma_kernels.linear.formats import BlockQuantized
 
-__all__ = ["GGUFFile", "TensorInfo"]
+__all__ = ["GGUFFile", "Strings", "TensorInfo"]
 
 MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -80,24 +82,20 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.fail(f"{what} is not UTF-8") from None
 
-    def strings(self, count: int, what: str) -> list[str]:
-        # The loop of `string`, written out: vocabularies hold hundreds of thousands of entries.
-        data, size, position, found = self.data, self.size, self.position, []
-        unpack = struct.Struct("<Q").unpack_from
+    def strings(self, count: int, what: str) -> Strings:
+        # Vocabularies hold hundreds of thousands: only where each begins is looked at now.
+        data, size, position, starts = self.data, self.size, self.position, array("q")
+        unpack, append = struct.Struct("<Q").unpack_from, starts.append
         for _ in range(count):
             if size - position < 8:
                 raise self.fail(f"{what} ends in the middle of its {count} strings")
-            (length,) = unpack(data, position)
             position += 8
-            if length > size - position:
-                raise self.fail(f"{what} holds a string of {length} bytes, more than the file has left")
-            try:
-                found.append(data[position : position + length].decode())
-            except UnicodeDecodeError:
-                raise self.fail(f"{what} holds a string that is not UTF-8") from None
-            position += length
+            append(position)
+            position += unpack(data, position - 8)[0]
+            if position > size:
+                raise self.fail(f"{what} holds a string of {position - starts[-1]} bytes, more than the file has left")
         self.position = position
-        return found
+        return Strings(self, starts, position, what)
 
     def value(self, kind: int, what: str) -> Any:
         if kind == STRING:
@@ -108,7 +106,7 @@ class _Cursor:
             raise self.fail(f"{what} has the unknown value type {kind}")
         return self.scalar(SCALARS[kind], what)
 
-    def array(self, what: str) -> list[str] | np.ndarray:
+    def array(self, what: str) -> Strings | np.ndarray:
         kind, count = self.scalar("<I", what), self.scalar("<Q", what)
         if kind == STRING:
             if count > min(MAX_STRINGS, (self.size - self.position) // 8):
@@ -122,10 +120,42 @@ class _Cursor:
         return values != 0 if kind == BOOL else values
 
 
+class Strings(Sequence[str]):
+    """An array of strings in a file, each decoded when it is asked for. Errors: CorruptFile for one that is not UTF-8"""
+
+    def __init__(self, cursor: _Cursor, starts: array[int], end: int, what: str) -> None:
+        self._cursor, self._starts, self._end, self._what = cursor, starts, end, what
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        place = range(len(self._starts))[place]
+        stop = self._starts[place + 1] - 8 if place + 1 < len(self._starts) else self._end
+        return self._decoded(self._cursor.data[self._starts[place] : stop])
+
+    def __iter__(self) -> Iterator[str]:
+        data, ends = self._cursor.data, [*(start - 8 for start in self._starts[1:]), self._end]
+        for start, stop in zip(self._starts, ends, strict=True):
+            yield self._decoded(data[start:stop])
+
+    def _decoded(self, found: bytes) -> str:
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            raise self._cursor.fail(f"{self._what} holds a string that is not UTF-8") from None
+
+
 class GGUFFile:
     """An open GGUF file, version 2 or 3, little-endian.
 
-    Semantics:  `metadata` maps keys to int, float, bool, str, list[str] or a numpy array; `tensors` maps names to
+    Semantics:  `metadata` maps keys to int, float, bool, str, Strings or a numpy array; `tensors` maps names to
                 TensorInfo. Opening reads the header alone; `read` maps in what it needs.
     Errors:     CorruptFile when the file contradicts itself; UnsupportedModel for a tensor type that is not read
     """

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from uma_engine.catalog.fields import Fields
-from uma_engine.catalog.gguf import GGUFFile
+from uma_engine.catalog.gguf import GGUFFile, Strings
 from uma_engine.config import ModelConfig, RopeScaling
 from uma_engine.errors import CorruptFile, UnsupportedModel
 
@@ -148,7 +148,7 @@ def end_token_ids(file: GGUFFile, where: str) -> tuple[int, ...]:
     fields = Fields(file.metadata, where, "tokenizer.ggml.")
     ids = [*fields.token_ids("eos_token_id"), *fields.token_ids("eot_token_id")]
     pieces, kinds = fields.get("tokens", []), fields.get("token_type", [])
-    if isinstance(pieces, list) and len(pieces) == len(kinds):
+    if isinstance(pieces, Strings) and len(pieces) == len(kinds):
         control = {pieces[i]: i for i in np.flatnonzero(np.asarray(kinds) == 3).tolist()}
         ids += [control[piece] for piece in END_PIECES if piece in control]
     return tuple(dict.fromkeys(ids))

@@ -27,7 +27,7 @@ from uma_engine.catalog.tokenizer_sources import (
 )
 from uma_engine.errors import CorruptFile, InvalidRequest
 
-__all__ = ["IncrementalDecoder", "Tokenizer"]
+__all__ = ["IncrementalDecoder", "Tokenizer", "not_text"]
 
 
 def _byte_of_char() -> dict[str, int]:
@@ -119,7 +119,7 @@ class Tokenizer:
             library = self.library if special else self._text
             return library.encode(text, add_special_tokens=False).ids
         except TypeError:
-            raise _not_text(text) from None
+            raise not_text(text) from None
 
     @cached_property
     def _added(self) -> re.Pattern[str] | None:
@@ -210,6 +210,9 @@ class Tokenizer:
         """Whether the text's first space was put there by `encode`, and goes again in `decode`."""
         return self._source.adds_first_space
 
+    def close(self) -> None:
+        """Let go of what is outside of this process, if anything is."""
+
 
 class IncrementalDecoder:
     """Decodes a stream of ids: the strings returned by `push` and `finish`, joined, are `decode` of all the ids.
@@ -237,7 +240,8 @@ class IncrementalDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _not_text(text: Any) -> InvalidRequest:
+def not_text(text: Any) -> InvalidRequest:
+    """What is wrong with a text that cannot be encoded."""
     if not isinstance(text, str):
         return InvalidRequest(f"text must be a string, not `{type(text).__name__}`", param="text")
     at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")

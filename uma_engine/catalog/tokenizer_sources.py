@@ -21,6 +21,7 @@ from tokenizers import Tokenizer as _Library
 
 from uma_engine.catalog.cache import cache_dir
 from uma_engine.catalog.fields import Fields
+from uma_engine.catalog.gguf import Strings
 from uma_engine.catalog.safetensors_reader import read_json
 from uma_engine.errors import CorruptFile, UnsupportedModel
 
@@ -82,8 +83,9 @@ def source_from_gguf(metadata: Mapping[str, Any], where: str, file_digest: str |
         raise UnsupportedModel(f"{where}: the tokenizer `{kind}` is not supported", hint="supported are gpt2 and llama")
     byte_level = kind == "gpt2"
     pieces, kinds = fields.get("tokens"), fields.get("token_type")
-    if not isinstance(pieces, list) or not isinstance(kinds, np.ndarray) or not 0 < len(pieces) == len(kinds):
+    if not isinstance(pieces, Strings) or not isinstance(kinds, np.ndarray) or not 0 < len(pieces) == len(kinds):
         raise CorruptFile(f"{where}: `tokenizer.ggml.tokens` and `token_type` are not lists of one length")
+    pieces = list(pieces)
     types = kinds.tolist()
     if not byte_level:  # the converter writes user-defined runs of spaces as spaces, the vocabulary as ▁
         pieces = [p.replace(" ", SPACE) if t == USER_DEFINED else p for p, t in zip(pieces, types, strict=True)]
@@ -199,7 +201,7 @@ def _byte_level_rules(fields: Fields) -> tuple[Any, Any, dict[str, Any]]:
 
 def _listed_merges(fields: Fields, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     lines = fields.get("merges")
-    if not isinstance(lines, list):
+    if not isinstance(lines, Strings):
         raise CorruptFile(f"{fields.where}: `tokenizer.ggml.merges` is not a list of strings")
     merges = []
     for line in lines:

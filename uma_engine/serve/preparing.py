@@ -39,7 +39,7 @@ class Opener:
             await self._prepare(model)
             self._prepared.add(model)
         with _out_of_the_way():
-            return await AsyncEngine.create(model, **self._options)
+            return await AsyncEngine.create(model, **{"tokenizer_process": True} | self._options)
 
     async def _prepare(self, model: str) -> None:
         """Fill the cache. A failure is only logged: opening the base fails in the same way, and says so to who asked."""

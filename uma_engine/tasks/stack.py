@@ -38,6 +38,7 @@ class Stack:
         from uma_engine.catalog import open_model, resolve
         from uma_engine.catalog.cache import cache_dir, file_digest
         from uma_engine.catalog.chat_template import ChatTemplate
+        from uma_engine.catalog.tokenizer_process import RemoteTokenizer
         from uma_engine.engine import EngineLoop, StepMeter
         from uma_engine.kv_cache import BlockPool
         from uma_engine.models import PackedCache, load_model
@@ -57,7 +58,7 @@ class Stack:
         files = open_model(path)
         self.model_config = files.config
         self.digest: str = files.digest
-        self.tokenizer: Tokenizer = files.tokenizer
+        self.tokenizer: Tokenizer = RemoteTokenizer(path) if config.tokenizer_process else files.tokenizer
         self.template = ChatTemplate(files.chat_template, self.tokenizer)
         placement = _placement(config)
         num_blocks: int | None = None  # on a device: what fits beside weights and a step, both measured below
@@ -183,6 +184,7 @@ class Stack:
     def close(self) -> None:
         """Stop the loop, then let go of weights and KV cache: the memory is free although the engine object lives on."""
         self.loop.close()
+        self.tokenizer.close()
         for adapter in self.adapters.loaded():
             self.adapters.unload(adapter.name)
         self.runner.release()

@@ -1,0 +1,269 @@
+"""A tokenizer in a process of its own, for a base that is opened beside one that serves.
+
+Knows pipes, frames and how a tokenizer is asked through them; does not know vocabularies. To build the tokenizer of a quarter of a million
+pieces keeps the interpreter from everybody else for most of a second; here another interpreter does it, at the lowest priority, and goes
+on to encode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from uma_engine.catalog.tokenizer import Tokenizer, not_text
+from uma_engine.errors import InvalidRequest, UmaError
+
+__all__ = ["RemoteTokenizer"]
+
+logger = logging.getLogger("uma_engine.catalog")
+FRAME = struct.Struct("<BQ")  # whether it is an answer or a failure, and how many bytes follow
+ANSWER, FAILURE = 0, 1
+MAX_FRAME = 1 << 30
+ATTRIBUTES = ("vocab_size", "special_ids", "control_ids", "bos_id", "eos_id", "adds_bos", "digest", "drops_first_space")
+
+
+class _Lost(Exception):
+    """The process is not there any more, or failed."""
+
+
+class RemoteTokenizer(Tokenizer):
+    """The tokenizer of the model at `path`, built and asked in another process. It gives the same ids.
+
+    Should the process end, the tokenizer is built here, once, and nothing else changes. `close()` ends the process; so does forgetting the
+    object, and the end of this process.
+
+    Errors:  those of `open_model(path).tokenizer`
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._lock = threading.Lock()
+        self._bytes = {}
+        self._spelled: _Strings | None = None
+        self._named: _Strings | None = None
+        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+            [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is this process's affair
+        )
+        self._end = weakref.finalize(self, _end, self._process)
+        try:
+            told = json.loads(self._asked(json.dumps(str(self._path)).encode()))
+            self._spelled, self._named = _Strings(self._read()), _Strings(self._read())
+        except _Lost as error:
+            logger.warning("no other process has the tokenizer of `%s`: %s", self._path, error)
+            self.close()
+            local = self._local
+            told = {name: getattr(local, name) for name in ATTRIBUTES}
+        for name in ("special_ids", "control_ids"):
+            told[name] = frozenset(told[name])
+        self._drops_first_space = told.pop("drops_first_space")
+        self.__dict__ |= told
+
+    @cached_property
+    def _local(self) -> Tokenizer:
+        from uma_engine.catalog.model_files import open_model
+
+        return open_model(self._path).tokenizer
+
+    @property
+    def library(self) -> Any:
+        """As in `Tokenizer`: built here."""
+        return self._local.library
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self.encode_batch([text], special)[0]
+
+    def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        for text in texts:
+            if not isinstance(text, str):
+                raise not_text(text)
+        if self._process is not None:
+            try:
+                answer = np.frombuffer(self._asked(json.dumps([special, list(texts)]).encode()), np.int32)
+                ends = np.cumsum(answer[: len(texts)])
+                return [ids.tolist() for ids in np.split(answer[len(texts) :], ends[:-1])] if texts else []
+            except _Lost as error:
+                for text in texts:
+                    with contextlib.suppress(UnicodeEncodeError):
+                        text.encode()
+                        continue
+                    raise not_text(text) from None
+                logger.warning("the tokenizer of `%s` is built here: %s", self._path, error)
+                self.close()
+        return self._local.encode_batch(texts, special)
+
+    def piece_of(self, token_id: int | None) -> str:
+        if self._named is None:
+            return self._local.piece_of(token_id)
+        piece = None if token_id is None else self._named[token_id]
+        return "" if piece is None else piece.decode()
+
+    def _spell(self, token_id: int) -> bytes:
+        if self._spelled is None:
+            return self._local.bytes_of(token_id)
+        spelled = self._spelled[token_id]
+        if spelled is None:
+            raise InvalidRequest(f"token id {token_id} is not in the vocabulary of {self.vocab_size}")
+        return spelled
+
+    @property
+    def drops_first_space(self) -> bool:
+        return self._drops_first_space
+
+    def close(self) -> None:
+        self._process = None
+        self._end()
+
+    def _asked(self, question: bytes) -> bytes:
+        """The answer to one frame. Errors: _Lost"""
+        process = self._process
+        if process is None:
+            raise _Lost("it was closed")
+        assert process.stdin is not None
+        with self._lock:
+            try:
+                _write(process.stdin, ANSWER, question)
+            except (OSError, ValueError) as error:
+                raise _Lost(str(error)) from None
+            return self._read()
+
+    def _read(self) -> bytes:
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        try:
+            kind, payload = _read(process.stdout)
+        except (OSError, ValueError) as error:
+            raise _Lost(str(error)) from None
+        if kind != ANSWER:
+            raise _Lost(payload.decode(errors="replace"))
+        return payload
+
+
+class _Strings:
+    """Byte strings by number, None where there is none: a length each (-1: none), then all of them."""
+
+    def __init__(self, packed: bytes) -> None:
+        count = int(np.frombuffer(packed, np.int64, 1)[0])
+        lengths = np.frombuffer(packed, np.int32, count, 8)
+        self._known = lengths >= 0
+        self._ends = np.cumsum(np.maximum(lengths, 0), dtype=np.int64)
+        self._data = memoryview(packed)[8 + 4 * count :]
+
+    def __getitem__(self, number: int) -> bytes | None:
+        if not 0 <= number < len(self._known) or not self._known[number]:
+            return None
+        return bytes(self._data[self._ends[number - 1] if number else 0 : self._ends[number]])
+
+    @staticmethod
+    def packed(strings: Sequence[bytes | None]) -> bytes:
+        lengths = np.array([-1 if s is None else len(s) for s in strings], np.int32)
+        return np.int64(len(strings)).tobytes() + lengths.tobytes() + b"".join(s for s in strings if s)
+
+
+def _write(file: IO[bytes], kind: int, payload: bytes) -> None:
+    file.write(FRAME.pack(kind, len(payload)))
+    file.write(payload)
+    file.flush()
+
+
+def _read(file: IO[bytes]) -> tuple[int, bytes]:
+    """Kind and payload. Errors: OSError where the other side is gone"""
+    head = file.read(FRAME.size)
+    if len(head) < FRAME.size:
+        raise OSError("the other process has ended")
+    kind, size = FRAME.unpack(head)
+    if size > MAX_FRAME:
+        raise OSError(f"a frame of {size} bytes")
+    payload = file.read(size)
+    if len(payload) < size:
+        raise OSError("the other process has ended")
+    return kind, payload
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    process.wait()
+
+
+def _build(path: str) -> Tokenizer:
+    """On a thread of the lowest priority: what encodes afterwards has the usual one."""
+    built: list[Tokenizer] = []
+    failed: list[BaseException] = []
+
+    def build() -> None:
+        try:
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            from uma_engine.catalog.model_files import open_model
+
+            built.append(open_model(path).tokenizer)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=build)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    return built[0]
+
+
+def main() -> int:
+    """Serve one tokenizer over standard input and output until the other side is gone."""
+    questions = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    try:
+        tokenizer = _build(json.loads(_read(questions)[1]))
+        told = {name: getattr(tokenizer, name) for name in ATTRIBUTES}
+        _write(answers, ANSWER, json.dumps(told, default=sorted).encode())
+        ids = range(tokenizer.vocab_size)
+        named = [tokenizer.piece_of(i) or None for i in ids]
+        _write(
+            answers,
+            ANSWER,
+            _Strings.packed([None if n is None else tokenizer.bytes_of(i) for i, n in zip(ids, named, strict=True)]),
+        )
+        _write(
+            answers,
+            ANSWER,
+            _Strings.packed([None if n is None else n.encode("utf-8", "surrogateescape") for n in named]),
+        )
+        while True:
+            special, texts = json.loads(_read(questions)[1])
+            try:
+                encoded = tokenizer.encode_batch(texts, special)
+            except UmaError as error:
+                _write(answers, FAILURE, str(error).encode())
+                continue
+            found = np.array([len(ids) for ids in encoded] + [i for ids in encoded for i in ids], np.int32)
+            _write(answers, ANSWER, found.tobytes())
+    except UmaError as error:
+        _write(answers, FAILURE, str(error).encode())
+        return error.exit_code
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

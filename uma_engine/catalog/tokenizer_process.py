@@ -11,15 +11,17 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import struct
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +33,7 @@ __all__ = ["RemoteTokenizer"]
 logger = logging.getLogger("uma_engine.catalog")
 FRAME = struct.Struct("<BQ")  # whether it is an answer or a failure, and how many bytes follow
 ANSWER, FAILURE = 0, 1
+T = TypeVar("T")
 MAX_FRAME = 1 << 30
 ATTRIBUTES = ("vocab_size", "special_ids", "control_ids", "bos_id", "eos_id", "adds_bos", "digest", "drops_first_space")
 
@@ -58,8 +61,7 @@ class RemoteTokenizer(Tokenizer):
             [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is this process's affair
-        )
+        )  # in this session: where the kernel shares processors out by session, its low priority would count for nothing in another
         self._end = weakref.finalize(self, _end, self._process)
         try:
             told = json.loads(self._asked(json.dumps(str(self._path)).encode()))
@@ -205,50 +207,46 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _build(path: str) -> Tokenizer:
-    """On a thread of the lowest priority: what encodes afterwards has the usual one."""
-    built: list[Tokenizer] = []
-    failed: list[BaseException] = []
+def _built(path: str) -> tuple[Tokenizer, list[bytes]]:
+    """The tokenizer, and all that the other side is told of it."""
+    from uma_engine.catalog.model_files import open_model
 
-    def build() -> None:
+    tokenizer = open_model(path).tokenizer
+    told = {name: getattr(tokenizer, name) for name in ATTRIBUTES}
+    named = [tokenizer.piece_of(i) for i in range(tokenizer.vocab_size)]
+    spelled = [tokenizer.bytes_of(i) if name else None for i, name in enumerate(named)]
+    pieces = [name.encode() if name else None for name in named]
+    return tokenizer, [json.dumps(told, default=sorted).encode(), _Strings.packed(spelled), _Strings.packed(pieces)]
+
+
+def _at_low_priority(make: Callable[[], T]) -> T:
+    """On a thread of the lowest priority: what the process does afterwards has the usual one."""
+    made: Future[T] = Future()
+
+    def run() -> None:
         try:
             with contextlib.suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-            from uma_engine.catalog.model_files import open_model
-
-            built.append(open_model(path).tokenizer)
+            made.set_result(make())
         except BaseException as error:
-            failed.append(error)
+            made.set_exception(error)
 
-    thread = threading.Thread(target=build)
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return built[0]
+    threading.Thread(target=run).start()
+    return made.result()
 
 
 def main() -> int:
     """Serve one tokenizer over standard input and output until the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other side's affair
     questions = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        tokenizer = _build(json.loads(_read(questions)[1]))
-        told = {name: getattr(tokenizer, name) for name in ATTRIBUTES}
-        _write(answers, ANSWER, json.dumps(told, default=sorted).encode())
-        ids = range(tokenizer.vocab_size)
-        named = [tokenizer.piece_of(i) or None for i in ids]
-        _write(
-            answers,
-            ANSWER,
-            _Strings.packed([None if n is None else tokenizer.bytes_of(i) for i, n in zip(ids, named, strict=True)]),
-        )
-        _write(
-            answers,
-            ANSWER,
-            _Strings.packed([None if n is None else n.encode("utf-8", "surrogateescape") for n in named]),
-        )
+        path = json.loads(_read(questions)[1])
+        tokenizer, frames = _at_low_priority(lambda: _built(path))
+        for frame in frames:
+            _write(answers, ANSWER, frame)
+        del frames
         while True:
             special, texts = json.loads(_read(questions)[1])
             try:

@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -51,8 +52,7 @@ class Opener:
             "uma_engine.serve.preparing",
             stdin=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is this process's affair
-        )
+        )  # in this session: where the kernel shares processors out by session, its low priority would count for nothing in another
         try:
             kept = {k: self._options[k] for k in ("precision", "num_threads") if k in self._options}
             _, said = await process.communicate(json.dumps({"model": model, "options": kept}).encode())
@@ -82,6 +82,7 @@ def _out_of_the_way() -> Iterator[None]:
 
 def main() -> int:
     """Fill the cache for the base that a line of JSON on standard input names."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's affair
     os.nice(19)
     told = json.loads(sys.stdin.readline())
     from uma_engine import Engine

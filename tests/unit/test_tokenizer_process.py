@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from awkward_text import AWKWARD, random_texts
 
 from tests.tiny import make_tiny_model
 from uma_engine import Engine
-from uma_engine.catalog import Tokenizer, open_model, resolve
+from uma_engine.catalog import Tokenizer, open_model, resolve, tokenizer_process
 from uma_engine.catalog.tokenizer_process import ATTRIBUTES, RemoteTokenizer
 from uma_engine.errors import CorruptFile, InvalidRequest
 
@@ -111,6 +112,27 @@ def test_after_its_process_was_killed_it_is_built_here(remote: RemoteTokenizer, 
     os.kill(pid_of(remote), signal.SIGKILL)
     same(remote, local, TEXTS)
     assert remote._process is None
+
+
+def test_one_that_waits_for_others_too_long_is_replaced(
+    model: Path, local: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    popen = tokenizer_process.subprocess.Popen
+
+    def started(*args: Any, **options: Any) -> Any:
+        process = popen(*args, **options)
+        begun.append(process.pid)
+        return process
+
+    monkeypatch.setattr(tokenizer_process.subprocess, "Popen", started)
+    monkeypatch.setattr(tokenizer_process, "PATIENCE_S", 0.0)
+    remote = RemoteTokenizer(model)
+    assert len(begun) == 2
+    assert pid_of(remote) == begun[1]
+    same(remote, local, TEXTS[:20])
+    remote.close()
+    assert not any(map(is_there, begun))
 
 
 def test_what_cannot_be_opened_is_refused_as_here(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A tokenizer in a process of its own, for a base that is opened beside one that serves.
 
 Knows pipes, frames and how a tokenizer is asked through them; does not know vocabularies. To build the tokenizer of a quarter of a million
-pieces keeps the interpreter from everybody else for most of a second; here another interpreter does it, at the lowest priority, and goes
-on to encode.
+pieces keeps the interpreter from everybody else for most of a second; here another interpreter does it, where nobody else
+computes, and goes on to encode.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -35,6 +36,7 @@ FRAME = struct.Struct("<BQ")  # whether it is an answer or a failure, and how ma
 ANSWER, FAILURE = 0, 1
 T = TypeVar("T")
 MAX_FRAME = 1 << 30
+PATIENCE_S = 10.0
 ATTRIBUTES = ("vocab_size", "special_ids", "control_ids", "bos_id", "eos_id", "adds_bos", "digest", "drops_first_space")
 
 
@@ -57,14 +59,10 @@ class RemoteTokenizer(Tokenizer):
         self._bytes = {}
         self._spelled: _Strings | None = None
         self._named: _Strings | None = None
-        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )  # in this session: where the kernel shares processors out by session, its low priority would count for nothing in another
-        self._end = weakref.finalize(self, _end, self._process)
+        self._process: subprocess.Popen[bytes] | None = None
         try:
-            told = json.loads(self._asked(json.dumps(str(self._path)).encode()))
+            self._begin()
+            told = json.loads(self._read())
             self._spelled, self._named = _Strings(self._read()), _Strings(self._read())
         except _Lost as error:
             logger.warning("no other process has the tokenizer of `%s`: %s", self._path, error)
@@ -75,6 +73,25 @@ class RemoteTokenizer(Tokenizer):
             told[name] = frozenset(told[name])
         self._drops_first_space = told.pop("drops_first_space")
         self.__dict__ |= told
+
+    def _begin(self) -> None:
+        """Start the process. One that gets no processor time in `PATIENCE_S` is replaced by one that takes a little. Errors: _Lost"""
+        for patient in (True, False):
+            self._process = process = subprocess.Popen(
+                [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )  # in this session: where the kernel shares processors out by session, a low priority would count for nothing in another
+            self._end = weakref.finalize(self, _end, process)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                _write(process.stdin, ANSWER, json.dumps([str(self._path), patient]).encode())
+            except OSError as error:
+                raise _Lost(str(error)) from None
+            if not patient or select.select([process.stdout], [], [], PATIENCE_S)[0]:
+                return
+            self._end()
 
     @cached_property
     def _local(self) -> Tokenizer:
@@ -204,7 +221,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         if pipe is not None:
             with contextlib.suppress(OSError):
                 pipe.close()
-    process.wait()
+    with contextlib.suppress(
+        subprocess.TimeoutExpired
+    ):  # without a moment's rest on the machine it dies late; it is reaped then
+        process.wait(1.0)
 
 
 def _built(path: str) -> tuple[Tokenizer, list[bytes]]:
@@ -219,14 +239,21 @@ def _built(path: str) -> tuple[Tokenizer, list[bytes]]:
     return tokenizer, [json.dumps(told, default=sorted).encode(), _Strings.packed(spelled), _Strings.packed(pieces)]
 
 
-def _at_low_priority(make: Callable[[], T]) -> T:
-    """On a thread of the lowest priority: what the process does afterwards has the usual one."""
+def _aside(make: Callable[[], T], patient: bool) -> T:
+    """What `make` returns, on a thread of the lowest priority: what the process does afterwards has the usual one.
+
+    `patient`: where Linux runs it, the thread computes only while nobody else wants to. Then who wakes up need not even wait until the
+    thread's turn is over, but on a machine without a moment's rest it never ends.
+    """
     made: Future[T] = Future()
 
     def run() -> None:
         try:
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                if patient and hasattr(os, "SCHED_IDLE"):
+                    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+                else:
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             made.set_result(make())
         except BaseException as error:
             made.set_exception(error)
@@ -242,8 +269,8 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        path = json.loads(_read(questions)[1])
-        tokenizer, frames = _at_low_priority(lambda: _built(path))
+        path, patient = json.loads(_read(questions)[1])
+        tokenizer, frames = _aside(lambda: _built(path), patient)
         for frame in frames:
             _write(answers, ANSWER, frame)
         del frames

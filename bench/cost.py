@@ -14,6 +14,7 @@ the tokens that went through the model: E2R-FLOPs as in Peng et al. 2025 (arXiv 
     first token   list-wise, one token of a window's answer read (FIRST, Reddy et al. 2024): windows of 10 from the end, by 5
     written       the same windows, the order written out, letter by letter
     with reasons  the same, after the model's own paragraph of reasons
+    judged        each candidate in a prompt of its own, nothing shared: the model's own paragraph of reasons, then yes or no
 
 Small models that are asked for an order often write none, so each next letter is the most probable of those not yet named: greedy decoding
 under a grammar that has each letter once, each read by a scoring call on the cached prompt. List-wise ways get the first stage's order;
@@ -59,7 +60,11 @@ ASK = (
     "Rank these candidates for the job, the best first.\n\nJob post:\n{job}\n\n{people}\n\n"
     "Answer with the letters of all candidates, the best first, in the form [] > [] > []."
 )
-WAYS = ("cascade", "alone", "with notes", "first token", "written", "with reasons")
+WAYS = ("cascade", "alone", "with notes", "first token", "written", "with reasons", "judged")
+JUDGE = (
+    "Is this candidate a good match for the job?\n\nCandidate:\n{person}\n\nJob post:\n{job}\n\n"
+    "First say in a short paragraph what the job asks for and whether the candidate has it, then answer Yes or No."
+)
 REASONS = "First say in a short paragraph what the job asks for and who has it."
 ORDER, NEXT = "Order: [", "] > ["  # what the letters stand in
 
@@ -170,6 +175,25 @@ def in_letters(engine: Engine, ids: Sequence[int], count: int) -> tuple[list[int
     return places, len(ids) * engine.flops_per_token
 
 
+def judged(engine: Engine, group: Group) -> Outcome:
+    """All candidates at once, as a service would ask for them; a judge's prompt begins with its candidate, so no two share a beginning."""
+    began = time.perf_counter()
+    engine._stack.forget_cached()
+    texts = [engine.tokenizer.decode(engine.tokenize(c.text)[:MOST_TOKENS]) for c in group.candidates]
+    asked = [JUDGE.format(person=text, job=group.job) for text in texts]
+    prompts = [engine.chat_tokens([{"role": "user", "content": text}]) for text in asked]
+    written = engine.generate(prompts, SamplingParams(max_tokens=REASON_TOKENS))
+    margins, tokens = [], 0
+    for prompt, said in zip(prompts, written, strict=True):
+        ids = prompt + engine.tokenize(f"{said.text.strip()}\n\nAnswer:")
+        (score,) = engine.score(ids[:-1], [ids[-1:]], labels=[" Yes", " No"])
+        margins.append(score.logits[0] - score.logits[1])
+        tokens += len(ids)
+    best = sorted(range(len(margins)), key=lambda i: -margins[i])
+    order = [group.candidates[i].id for i in best]
+    return Outcome(order, tokens * engine.flops_per_token, time.perf_counter() - began)
+
+
 @dataclass
 class Study:
     """Ways on the same jobs, each compared with the first that has a cost; answers are kept as they come."""
@@ -239,6 +263,7 @@ class Study:
         self.run("first token", model, stack, lambda g: windows(g, first_token(engine)), jobs)
         self.run("written", model, stack, lambda g: windows(g, written(engine, False)), jobs)
         self.run("with reasons", model, stack, lambda g: windows(g, written(engine, True)), jobs)
+        self.run("judged", model, f"{stack} {JUDGE}", lambda g: judged(engine, g), jobs)
 
 
 def _key(group: Group) -> str:

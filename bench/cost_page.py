@@ -63,14 +63,18 @@ def _times(ratio: float | None) -> str:
 
 
 def _factors(rows: Sequence[Row]) -> str:
-    """What the tuned small model's cascade saves against each other model that writes an order, split: factors multiply to the total."""
+    """What the tuned small model's cascade saves against each other model's way, split: factors multiply to the total."""
     found = {(r["way"], r["model"]): r for r in rows}
     small = next((m for w, m in found if w == "cascade"), None)
     if small is None:
         return ""
     body = []
     for way, model in found:
-        if way not in ("written", "with reasons") or ("shared", model) not in found:
+        if (
+            way not in ("shared", "written", "with reasons", "judged")
+            or ("shared", model) not in found
+            or model == small
+        ):
             continue
         parts = [(way, model), ("shared", model), ("shared", small), ("cascade", small)]
         for what, ratio in (("FLOPs", "times_the_flops_of_shared"), ("CPU seconds", "times_the_cpu_seconds_of_shared")):
@@ -97,7 +101,7 @@ def _factors(rows: Sequence[Row]) -> str:
         "nDCG@10 gained by shared",
     )
     return (
-        "### The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model that writes an"
-        " order: by the method (scoring under a shared job, same model), by the model's size, by the cascade.\n\n"
+        "### The factor, split\n\nHow many times less the tuned small model with a cascade needs than another model's way:"
+        " by the method (scoring under a shared job, same model), by the model's size, by the cascade.\n\n"
         f"{table(header, body)}\n"
     )

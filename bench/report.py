@@ -6,7 +6,7 @@ Knows rows and documents; measures nothing. Of each comparison the newest row co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bench.ceiling import KINDS
@@ -286,29 +286,30 @@ def serve_section(rows: Sequence[Row]) -> str:
             f"Interactive requests at {r['asked_share']:.0%} of the capacity, ms p50 / p99, beside four clients who always have a"
             f" ranking of 64 candidates under way ({r['model']}): {shown}.\n"
         )
-    swaps = [r for r in rows if r["kind"] == "swaps" and "by_base" in r]
-    for r in newest(swaps, lambda r: (str(r["models"]), r.get("own_rate", True))):
-        whose = "base that answers" if r.get("own_rate", True) else "slowest"
+    swaps = [r for r in rows if r["kind"] == "swaps" and "added" in r]
+    for r in newest(swaps, lambda r: (str(r["models"]), r["own_rate"])):
+        whose = "base that answers" if r["own_rate"] else "slowest"
         parts.append(
             f"{r['swaps']} swaps of {', '.join(r['models'])} under load ({r['share']:.0%} of what the {whose} can carry):"
             f" {r['requests']} requests, {r['failed']} failed, {r['of_another_base']} of {r['checked']} recomputed answers were of another"
-            f" base; a swap takes {r['swap_s_p50']:.1f} s.\n"
+            f" base; a swap takes {r['swap_s_p50']:.1f} s. `Added`: what a request took more than the same one at the same time while"
+            " nobody swapped.\n"
         )
+
+        def spread(found: Mapping[str, float]) -> str:
+            return " / ".join(f"{found[f'p{q}_ms']:.0f}" for q in (50, 95, 99))
+
         body = [
             (
-                base, f"{b['asked_per_s']:.2f}", "{} / {}".format(*b["requests"]),
-                f"{b['quiet']['p50_ms']:.0f} / {b['quiet']['p95_ms']:.0f} / {b['quiet']['p99_ms']:.0f}",
-                f"{b['during']['p50_ms']:.0f} / {b['during']['p95_ms']:.0f} / {b['during']['p99_ms']:.0f}",
+                base, f"{b['asked_per_s']:.2f}", b["requests"], spread(b["quiet"]), spread(b["during"]), f"{b['adds_p99_ms']:+.0f}",
+                spread(b["added"]),
             )
             for base, b in r["by_base"].items()
         ]  # fmt: skip
         header = (
-            "base that answers",
-            "asked a second",
-            "requests: quiet / during",
-            "quiet, ms p50 / p95 / p99",
-            "while the next is prepared",
-        )
+            "base that answers", "asked a second", "requests", "nobody swaps, ms p50 / p95 / p99", "while the next is prepared", "p99, ms",
+            "added, ms p50 / p95 / p99",
+        )  # fmt: skip
         parts.append(f"{table(header, body)}\n")
     return "\n".join(parts) + f"\n{source(rows)}\n"
 

@@ -20,7 +20,7 @@ void bind_lora(pybind11::module_& m) {
   m.def(
       "pack_lora",
       [](uintptr_t to, int64_t rank, int64_t k, int64_t n, FactorType type, float scaling, uintptr_t a, uintptr_t b) {
-        UMA_SELECT(lora_ops)().pack(at<uint8_t>(to), {rank, k, n, scaling, type}, at<const void>(a), at<const void>(b));
+        return UMA_SELECT(lora_ops)().pack(at<uint8_t>(to), {rank, k, n, scaling, type}, at<const void>(a), at<const void>(b));
       },
       NoGil());
   // `adapters` holds the addresses of the first slice's adapters, 0 for none, then the next one's; slice s has widths[s] columns.

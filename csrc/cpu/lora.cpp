@@ -116,12 +116,29 @@ void pack_factors(T* at, const LoraHeader& header, const T* a, const T* b) {
     pack_panel(b, header.n, header.rank, panel * kPanel, kPanel, zeros, at);
 }
 
-void pack(uint8_t* to, const LoraHeader& header, const void* a, const void* b) {
+// Whether no value is a NaN or an infinity: those have every bit of the exponent.
+template <typename Bits>
+bool all_finite(const void* values, int64_t count, Bits exponent) {
+  typedef Bits Unaligned __attribute__((aligned(1), may_alias));
+  const Unaligned* bits = static_cast<const Unaligned*>(values);
+  Bits found = 0;
+  for (int64_t i = 0; i < count; ++i) found |= (bits[i] & exponent) == exponent;
+  return found == 0;
+}
+bool all_finite(FactorType type, const void* values, int64_t count) {
+  if (type == FactorType::fp16) return all_finite<uint16_t>(values, count, 0x7c00);
+  if (type == FactorType::bf16) return all_finite<uint16_t>(values, count, 0x7f80);
+  return all_finite<uint32_t>(values, count, 0x7f800000);
+}
+
+bool pack(uint8_t* to, const LoraHeader& header, const void* a, const void* b) {
+  if (!all_finite(header.type, a, header.rank * header.k) || !all_finite(header.type, b, header.n * header.rank)) return false;
   std::memcpy(to, &header, sizeof(header));
   with_type(header.type, [&](auto factor) {
     using T = decltype(factor);
     pack_factors(reinterpret_cast<T*>(to + sizeof(header)), header, static_cast<const T*>(a), static_cast<const T*>(b));
   });
+  return true;
 }
 
 // Some rows of one adapter, in the order of rows: what passes through a site's factors together, while those are in the cache.

@@ -26,7 +26,8 @@ struct LoraSlice {
 
 struct LoraOps {
   int64_t (*packed_bytes)(int64_t rank, int64_t k, int64_t n, FactorType type);
-  void (*pack)(uint8_t* to, const LoraHeader& header, const void* a, const void* b);
+  // False, and nothing is written, where a factor holds a NaN or an infinity.
+  bool (*pack)(uint8_t* to, const LoraHeader& header, const void* a, const void* b);
   // For each of `num_slices` slices and each i < count, adapter = slices[s].adapters[i]:
   // out[t, column ..] += scaling * (x[t] A^T) B^T over the rows t = order[offsets[i]] .. order[offsets[i + 1] - 1].
   // All adapters have the same k; rows of out begin `out_stride` floats apart. A null adapter adds nothing.

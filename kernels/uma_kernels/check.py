@@ -9,7 +9,18 @@ import os
 
 import torch
 
-__all__ = ["FLOATS", "TILE_ROWS", "ShapeError", "check", "check_indices", "empty_rows", "out_like", "ptr", "readable"]
+__all__ = [
+    "FLOATS",
+    "TILE_ROWS",
+    "NotFinite",
+    "ShapeError",
+    "check",
+    "check_indices",
+    "empty_rows",
+    "out_like",
+    "ptr",
+    "readable",
+]
 
 _CHECK_VALUES = os.environ.get("UMA_CHECK_VALUES") == "1"  # read once
 FLOATS = (
@@ -24,6 +35,10 @@ TILE_ROWS = 64  # the fewest rows that a tensor-core tile on a GPU has
 
 class ShapeError(ValueError):
     """A tensor's shape, dtype, device or layout is not what the op takes."""
+
+
+class NotFinite(ValueError):
+    """A weight holds NaN or infinity."""
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.conftest import BACKENDS
 from uma_kernels import dispatch
-from uma_kernels.check import ShapeError
+from uma_kernels.check import NotFinite, ShapeError
 from uma_kernels.lora import LoraRouting, LoraSlice, PackedLora, lora, lora_merged, pack_lora
 from uma_kernels.lora.cases import CASES, LoraCase
 from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction, with_sentinels
@@ -271,3 +272,15 @@ def test_wrong_shapes_are_refused(backend: str) -> None:
             pack_lora(lora_a, lora_b, 1.0)
     with pytest.raises(IndexError):
         lora(torch.zeros(1, 7), torch.zeros(1, 5), [adapter], LoraRouting.build([1], 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_factor_that_is_not_finite_is_refused_wherever_it_is(backend: str, dtype: torch.dtype, bad: float) -> None:
+    largest = torch.finfo(dtype).max
+    for part, place in ((0, 0), (0, 4 * 37 - 1), (1, 0), (1, 70), (1, 4 * 45 - 1)):
+        factors = [torch.full((4, 37), -largest, dtype=dtype), torch.full((45, 4), largest, dtype=dtype)]
+        pack_lora(factors[0], factors[1], 1.0)
+        factors[part].view(-1)[place] = bad
+        with pytest.raises(NotFinite):
+            pack_lora(factors[0], factors[1], 1.0)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from uma_engine.adapters import load_adapter
+from uma_engine.adapters import load_adapter, loader
 from uma_engine.adapters.patterns import refuse_slow_pattern
 from uma_engine.errors import AdapterError
 from uma_kernels.lora import LoraRouting, lora
@@ -283,6 +283,31 @@ def test_a_rank_above_the_limit_names_both_and_the_option(write: Write) -> None:
     assert load_adapter(path, SITES, max_rank=64).rank == 64
     with pytest.raises(AdapterError, match="has rank 257 but ranks up to 256"):
         load_adapter(write({"r": 257}, make_tensors(257)), SITES, max_rank=512)
+
+
+def test_files_that_have_not_changed_are_not_hashed_again(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[int] = []
+    plain = loader._digest
+
+    def counted(*args: Any) -> bytes:
+        hashed.append(1)
+        return plain(*args)
+
+    monkeypatch.setattr(loader, "_digest", counted)
+    path = write()
+    first = load_adapter(path, SITES, 8)
+    assert load_adapter(path, SITES, 8).digest == first.digest
+    assert len(hashed) == 2, "written a moment ago: they may change within one tick of the clock"
+    monkeypatch.setattr(loader._Hashed, "SETTLED_NS", 0)
+    assert {load_adapter(path, SITES, 8).digest for _ in range(3)} == {first.digest}
+    assert len(hashed) == 3
+    times = (path / "adapter_model.safetensors").stat()
+    write()  # other values, as many bytes
+    os.utime(path / "adapter_model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
+    second = load_adapter(path, SITES, 8)
+    assert second.digest != first.digest
+    write({"lora_alpha": 16}, None)
+    assert load_adapter(path, SITES, 8).digest not in (first.digest, second.digest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

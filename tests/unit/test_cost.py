@@ -107,12 +107,21 @@ def test_all_ways_on_a_tiny_model(rows: list[dict[str, Any]], tmp_path: Path) ->
         places, flops = cost.in_letters(engine, engine.tokenize("best:"), 5)
         assert sorted(places) == [0, 1, 2, 3, 4], "each letter once, whatever the model would say"
         assert flops > 0
-    assert [row["way"] for row in rows] == ["shared", "alone", "with notes", "first token", "written", "with reasons"]
+    assert [row["way"] for row in rows] == [
+        "shared",
+        "alone",
+        "with notes",
+        "first token",
+        "written",
+        "with reasons",
+        "judged",
+    ]
     assert rows[0]["ndcg_10"] == rows[1]["ndcg_10"], "a shared job changes no score"
     assert rows[1]["times_the_flops_of_shared"] > 1
     assert rows[2]["times_the_flops_of_shared"] > 1
+    assert rows[6]["times_the_flops_of_shared"] > rows[1]["times_the_flops_of_shared"], "reasons are written too"
     kept = [json.loads(line) for path in cost.KEPT.iterdir() for line in path.read_text().splitlines()]
-    assert len(kept) == 12
+    assert len(kept) == 14
     assert all(row["cpu_seconds"] > 0 for row in kept)
     assert all(sorted(row["order"]) == list(range(12)) for row in kept if len(row["order"]) != 10), "nobody is lost"
 

@@ -5,14 +5,14 @@ Knows files and tensors of one adapter; does not know slots, names under which a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors.torch import load as load_safetensors
 
 from uma_engine.adapters.peft_config import PeftConfig
 from uma_engine.errors import AdapterError
+from uma_kernels.check import NotFinite
 from uma_kernels.lora import PackedLora, pack_lora
 
 __all__ = ["MAX_RANK", "LoadedAdapter", "load_adapter"]
@@ -69,25 +70,73 @@ def load_adapter(
     if not directory.is_dir():
         raise AdapterError(f"`{directory}` is not a directory", hint=f"give the directory that holds `{CONFIG}`")
     where = f"adapter `{directory.resolve().name}`"
-    config = _read_config(directory, where)
+    config, config_file = _read_config(directory, where)
     if not (directory / WEIGHTS).exists() and (directory / PICKLE).exists():
         raise AdapterError(
             f"{where} holds only `{PICKLE}`, a pickle, which can run code when it is loaded",
             hint="save it again with `save_pretrained(directory, safe_serialization=True)`",
         )
     try:
-        tensors = load_safetensors(_read_file(directory / WEIGHTS, max_bytes))
+        data, weights_file = _read_file(directory / WEIGHTS, max_bytes)
+        tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise AdapterError(f"{where}: `{WEIGHTS}` is not a sound safetensors file: {error}") from None
     prefix, parts = _by_site(tensors, where)
     expected = _expected_sites(config, sites, prefix, where)
     _refuse_ranks(config, expected, prefix, max_rank, where)
     _check_parts(parts, expected, where)
-    return _pack(config, tensors, parts, sites, prefix, where)
+    packed = _pack(config, parts, sites, prefix, where)
+    return LoadedAdapter(
+        digest=_HASHED.digest((config_file, weights_file), lambda: _digest(config, tensors, parts, prefix)),
+        rank=max(p.rank for p in packed.values()),
+        packed=packed,
+        num_bytes=sum(p.nbytes for p in packed.values()),
+        base_model=config.base_model,
+    )
 
 
-def _read_file(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file; links are not followed, and the size is checked on the file that was opened."""
+# What the system says of a file's content: device, inode, size, when it was written and when that was noted, which nobody can set back.
+_State = tuple[int, int, int, int, int]
+
+
+class _Hashed:
+    """Digests by the states of the two files that they were computed from: an adapter that comes back is not hashed again.
+
+    A file that was changed a moment before it was read could be changed once more within one tick of the clock: its state says nothing.
+    Who writes through a mapping that he keeps open may change a file and not its state.
+    """
+
+    MOST = 4096
+    SETTLED_NS = 2_000_000_000
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[_State, ...], bytes] = {}  # the oldest first
+
+    def digest(self, states: tuple[_State | None, ...], compute: Callable[[], bytes]) -> bytes:
+        """That of the files read, from `compute` where their states are not known yet. None: a state that says nothing."""
+        known = tuple(state for state in states if state is not None)
+        if len(known) < len(states):
+            return compute()
+        found = self._digests.get(known)
+        if found is None:
+            found = self._digests[known] = compute()
+            while len(self._digests) > self.MOST:
+                with contextlib.suppress(KeyError, RuntimeError):  # another thread was quicker
+                    del self._digests[next(iter(self._digests))]
+        return found
+
+    @classmethod
+    def state(cls, before: os.stat_result, after: os.stat_result) -> _State | None:
+        """Of a file that was read between the two."""
+        one, other = ((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in (before, after))
+        return one if one == other and max(one[3:]) < time.time_ns() - cls.SETTLED_NS else None
+
+
+_HASHED = _Hashed()
+
+
+def _read_file(path: Path, max_bytes: int) -> tuple[bytes, _State | None]:
+    """The bytes of a regular file and their state; links are not followed, and the size is checked on the file that was opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -106,13 +155,14 @@ def _read_file(path: Path, max_bytes: int) -> bytes:
             while left and (part := file.read(left)):
                 parts.append(part)
                 left -= len(part)
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        return data, _Hashed.state(status, os.fstat(descriptor))
     finally:
         os.close(descriptor)
 
 
-def _read_config(directory: Path, where: str) -> PeftConfig:
-    data = _read_file(directory / CONFIG, MAX_CONFIG_BYTES)
+def _read_config(directory: Path, where: str) -> tuple[PeftConfig, _State | None]:
+    data, state = _read_file(directory / CONFIG, MAX_CONFIG_BYTES)
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -120,7 +170,7 @@ def _read_config(directory: Path, where: str) -> PeftConfig:
     if not isinstance(raw, dict):
         raise AdapterError(f"{where}: `{CONFIG}` holds a {type(raw).__name__}, not an object")
     try:
-        return PeftConfig.parse(raw)
+        return PeftConfig.parse(raw), state
     except AdapterError as error:
         raise AdapterError(f"{where}: {error.message}", hint=error.hint) from None
 
@@ -201,40 +251,32 @@ def _name(prefix: str, site: str, part: str) -> str:
 
 def _pack(
     config: PeftConfig,
-    tensors: Mapping[str, torch.Tensor],
     parts: dict[str, dict[str, torch.Tensor]],
     sites: Mapping[str, tuple[int, int]],
     prefix: str,
     where: str,
-) -> LoadedAdapter:
+) -> dict[str, PackedLora]:
     packed: dict[str, PackedLora] = {}
-    with ThreadPoolExecutor(1) as other:  # hashing lets go of the interpreter: it takes the time of packing, not more
-        digest = other.submit(_digest, config, tensors, parts, prefix)
-        for site in sorted(parts):
-            (width_in, width_out), rank = sites[site], config.rank_of(prefix + site)
-            lora_a, lora_b = parts[site]["A"], parts[site]["B"]
-            for name, tensor, shape in (("A", lora_a, (rank, width_in)), ("B", lora_b, (width_out, rank))):
-                if tuple(tensor.shape) != shape:
-                    raise AdapterError(
-                        f"{where}: `lora_{name}` of `{site}` has the shape {list(tensor.shape)} but base and rank ask for"
-                        f" {list(shape)}",
-                        hint="the adapter was trained on another base",
-                    )
-                if not all(math.isfinite(x) for x in torch.aminmax(tensor)):  # one pass: a NaN is its own extreme
-                    raise AdapterError(
-                        f"{where}: `{_name(prefix, site, name)}` holds NaN or infinity",
-                        hint="the training has diverged",
-                    )
-            if lora_a.dtype is not lora_b.dtype:
-                lora_a, lora_b = lora_a.float(), lora_b.float()
+    for site in sorted(parts):
+        (width_in, width_out), rank = sites[site], config.rank_of(prefix + site)
+        lora_a, lora_b = parts[site]["A"], parts[site]["B"]
+        for name, tensor, shape in (("A", lora_a, (rank, width_in)), ("B", lora_b, (width_out, rank))):
+            if tuple(tensor.shape) != shape:
+                raise AdapterError(
+                    f"{where}: `lora_{name}` of `{site}` has the shape {list(tensor.shape)} but base and rank ask for"
+                    f" {list(shape)}",
+                    hint="the adapter was trained on another base",
+                )
+        if lora_a.dtype is not lora_b.dtype:
+            lora_a, lora_b = lora_a.float(), lora_b.float()
+        try:
             packed[site] = pack_lora(lora_a, lora_b, config.scaling_of(prefix + site))
-    return LoadedAdapter(
-        digest=digest.result(),
-        rank=max(p.rank for p in packed.values()),
-        packed=packed,
-        num_bytes=sum(p.nbytes for p in packed.values()),
-        base_model=config.base_model,
-    )
+        except NotFinite:
+            bad = "B" if lora_a.isfinite().all() else "A"
+            raise AdapterError(
+                f"{where}: `{_name(prefix, site, bad)}` holds NaN or infinity", hint="the training has diverged"
+            ) from None
+    return packed
 
 
 def _digest(

@@ -166,7 +166,8 @@ def sample_tokens(
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:
-    return torch.isfinite(logits).all(-1).tolist()
+    finite = torch.isfinite(logits.sum(-1))  # one pass; a sum is finite unless a logit is not, or they are huge
+    return torch.isfinite(logits).all(-1).tolist() if not finite.all() else [True] * len(logits)
 
 
 def not_finite(chunk: ScheduledChunk) -> UmaError:

@@ -52,7 +52,7 @@ def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> Pac
     Semantics:  prepares the update scaling * lora_b @ lora_a of a layer
     Shapes:     lora_a [R, K] . lora_b [N, R], none of them 0; both in one of fp32, bf16, fp16. cpp keeps them in that type and gives
                 the bits that the same values give in fp32
-    Errors:     ShapeError when the factors do not fit together or are empty
+    Errors:     ShapeError when the factors do not fit together or are empty; NotFinite where one holds NaN or infinity
     """
     backend = choose("lora", lora_a.device.type)
     check("lora_a", lora_a, (None, None), FLOATS)

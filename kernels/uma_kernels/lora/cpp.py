@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from uma_kernels.check import ShapeError
+from uma_kernels.check import NotFinite, ShapeError
 from uma_kernels.dispatch import extension
 from uma_kernels.linear.cpp import aligned_bytes
 
@@ -22,7 +22,8 @@ def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> tup
     )
     shape = (*lora_a.shape, lora_b.shape[0], kind)
     data = aligned_bytes(kernels.lora_packed_bytes(*shape))
-    kernels.pack_lora(data.data_ptr(), *shape, scaling, lora_a.data_ptr(), lora_b.data_ptr())
+    if not kernels.pack_lora(data.data_ptr(), *shape, scaling, lora_a.data_ptr(), lora_b.data_ptr()):
+        raise NotFinite("a factor holds NaN or infinity")
     return (data,), data.data_ptr()
 
 

@@ -6,11 +6,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from uma_kernels.check import NotFinite
+
 if TYPE_CHECKING:
     from uma_kernels.lora import PackedLora
 
 
 def pack_lora(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> tuple[tuple[torch.Tensor, ...], int]:
+    if not (lora_a.isfinite().all() and lora_b.isfinite().all()):
+        raise NotFinite("a factor holds NaN or infinity")
     return (lora_a.to(torch.float32, copy=True), lora_b.float() * scaling), 0
 
 

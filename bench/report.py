@@ -378,11 +378,33 @@ def adapters_section(rows: Sequence[Row]) -> str:
     return f"{table(header, body)}\n\n{source(chosen)}\n"
 
 
+def training_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: (r["model"], r["job_tokens"], r["candidate_tokens"], r["candidates"]))
+    body = [
+        (
+            r["model"], r["job_tokens"], f"{r['candidates']} x {r['candidate_tokens']}",
+            f"{r['shared_s'][1]:.2f}", f"{r['apart_s'][1]:.2f}",
+            "{1:.2f} ({0:.2f}..{2:.2f})".format(*r["times_as_fast"]), f"{r['times_the_cpu']:.2f}", f"{r['logits_differ']:.1e}",
+            f"{r['gradients_differ']:.1e}",
+        )
+        for r in chosen
+    ]  # fmt: skip
+    header = (
+        "model", "tokens of a job", "candidates", "a step with a shared job, s", "whole rows, s", "times as fast", "in CPU time",
+        "logits differ by", "gradients, of the largest",
+    )  # fmt: skip
+    return (
+        "A step forwards and backwards, LoRA on every projection, against transformers' own attention on a batch of whole rows.\n\n"
+        f"{table(header, body)}\n\n{source(chosen)}\n"
+    )
+
+
 SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("peers", "Against other engines, CPU", peers_section),
     ("accuracy", "What a precision costs in accuracy", accuracy_section),
     ("quality", "How well it ranks: held-out occupations", quality_section),
     ("specialists", "Two more specialists on the same base", specialists_section),
+    ("training", "Training: candidates that share their job", training_section),
     ("cascade", "Who is not read to the end", cascade_section),
     ("index", "The first stage over a pool", index_section),
     ("explain", "Words and notes", explain_section),

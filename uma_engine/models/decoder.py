@@ -34,7 +34,7 @@ class DecoderModel:
     `head` holds the weight of the logits [V, K]; a tied model shares it with the embedding. `num_bytes` is the memory
     of weights and rotary tables. `flops_per_token` counts the block's matrix products for one token (a multiply and
     an add are two), without attention and without logits. `precision` is the arithmetic of the blocks' linear layers
-    (`uma_kernels.linear`); logits of labels are always exact, those of the whole vocabulary in `near` unless it is `exact`.
+    (`uma_kernels.linear`); logits are always exact.
     """
 
     # What an architecture declares; the rest is in its ModelConfig.
@@ -108,7 +108,7 @@ class DecoderModel:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden_size] -> logits of the whole vocabulary [R, V], of the weights' dtype."""
-        return linear(hidden, self.head, precision="exact" if self.precision == "exact" else "near")
+        return linear(hidden, self.head)
 
     def label_logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """hidden [R, hidden_size], token_ids [L] int64 -> logits of those tokens alone [R, L] fp32."""

@@ -64,6 +64,7 @@ def _tree_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     tree: tuple[int, int, int] | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, Hkv, T, D]; the result [1, T, H, D]. `tree`: prefix, candidates, tokens of each.
@@ -79,7 +80,13 @@ def _tree_attention(
     kv_heads = key.shape[1]
     group = heads // kv_heads
     scale = size**-0.5 if scaling is None else scaling
-    first = attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], is_causal=True, scale=scale, enable_gqa=group > 1)
+    window = sliding_window or p + longest
+    near = None  # which keys of the prefix its queries see; None: all before them
+    if window < p:
+        near = torch.ones(p, p, dtype=torch.bool, device=query.device).tril().triu(1 - window)
+    first = attend(
+        query[:, :, :p], key[:, :, :p], value[:, :, :p], near, is_causal=near is None, scale=scale, enable_gqa=group > 1
+    )
 
     q = query[0, :, p:] * scale  # [H, C * L, D]
     by_prefix = q.reshape(kv_heads, -1, size) @ key[0, :, :p].mT  # [Hkv, G * C * L, P]
@@ -87,10 +94,13 @@ def _tree_attention(
     own_q = q.reshape(kv_heads, group, count, longest, size).transpose(1, 2).reshape(kv_heads, count, -1, size)
     own_k, own_v = (x[0, :, p:].reshape(kv_heads, count, longest, size) for x in (key, value))
     by_own = (own_q @ own_k.mT).reshape(kv_heads, count, group, longest, longest).transpose(1, 2)
-    later = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
-    scores = torch.cat(
-        [by_prefix.reshape(kv_heads, group, count, longest, p), by_own.masked_fill(later, float("-inf"))], -1
-    )
+    by_prefix = by_prefix.reshape(kv_heads, group, count, longest, p)
+    hidden = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
+    if window < p + longest:
+        place = torch.arange(p + longest, device=q.device)
+        hidden = hidden | (place[:longest, None] - place[:longest] >= window)
+        by_prefix = by_prefix.masked_fill(place[p:, None] - place[:p] >= window, float("-inf"))
+    scores = torch.cat([by_prefix, by_own.masked_fill(hidden, float("-inf"))], -1)
     weights = torch.softmax(scores, -1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
     weights = weights.to(value.dtype)
     rest = (weights[..., :p].reshape(kv_heads, -1, p) @ value[0, :, :p]).reshape(heads, count * longest, size)

@@ -36,7 +36,8 @@ FRAME = struct.Struct("<BQ")  # whether it is an answer or a failure, and how ma
 ANSWER, FAILURE = 0, 1
 T = TypeVar("T")
 MAX_FRAME = 1 << 30
-PATIENCE_S = 10.0
+PATIENCE_S = 5.0
+NICE = 10  # a tenth of a processor that others want: enough to come to an end
 ATTRIBUTES = ("vocab_size", "special_ids", "control_ids", "bos_id", "eos_id", "adds_bos", "digest", "drops_first_space")
 
 
@@ -240,7 +241,7 @@ def _built(path: str) -> tuple[Tokenizer, list[bytes]]:
 
 
 def _aside(make: Callable[[], T], patient: bool) -> T:
-    """What `make` returns, on a thread of the lowest priority: what the process does afterwards has the usual one.
+    """What `make` returns, on a thread of low priority: what the process does afterwards has the usual one.
 
     `patient`: where Linux runs it, the thread computes only while nobody else wants to. Then who wakes up need not even wait until the
     thread's turn is over, but on a machine without a moment's rest it never ends.
@@ -253,7 +254,7 @@ def _aside(make: Callable[[], T], patient: bool) -> T:
                 if patient and hasattr(os, "SCHED_IDLE"):
                     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
                 else:
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             made.set_result(make())
         except BaseException as error:
             made.set_exception(error)

@@ -65,6 +65,7 @@ JUDGE = (
     "Is this candidate a good match for the job?\n\nCandidate:\n{person}\n\nJob post:\n{job}\n\n"
     "First say in a short paragraph what the job asks for and whether the candidate has it, then answer Yes or No."
 )
+ANSWERS = (" Yes", " No")
 REASONS = "First say in a short paragraph what the job asks for and who has it."
 ORDER, NEXT = "Order: [", "] > ["  # what the letters stand in
 
@@ -186,7 +187,7 @@ def judged(engine: Engine, group: Group) -> Outcome:
     margins, tokens = [], 0
     for prompt, said in zip(prompts, written, strict=True):
         ids = prompt + engine.tokenize(f"{said.text.strip()}\n\nAnswer:")
-        (score,) = engine.score(ids[:-1], [ids[-1:]], labels=[" Yes", " No"])
+        (score,) = engine.score(ids[:-1], [ids[-1:]], labels=ANSWERS)
         margins.append(score.logits[0] - score.logits[1])
         tokens += len(ids)
     best = sorted(range(len(margins)), key=lambda i: -margins[i])

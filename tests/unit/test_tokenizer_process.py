@@ -135,6 +135,16 @@ def test_one_that_waits_for_others_too_long_is_replaced(
     assert not any(map(is_there, begun))
 
 
+def test_without_another_process_it_is_built_here(
+    model: Path, local: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_process.sys, "executable", str(model / "nothing"))
+    remote = RemoteTokenizer(model)
+    assert remote._process is None
+    same(remote, local, TEXTS[:20])
+    remote.close()
+
+
 def test_what_cannot_be_opened_is_refused_as_here(tmp_path: Path) -> None:
     (path := tmp_path / "m.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(CorruptFile):

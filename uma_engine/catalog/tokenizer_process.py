@@ -61,10 +61,11 @@ class RemoteTokenizer(Tokenizer):
         self._spelled: _Strings | None = None
         self._named: _Strings | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._end: Callable[[], object] = lambda: None
         try:
-            self._begin()
-            told = json.loads(self._read())
-            self._spelled, self._named = _Strings(self._read()), _Strings(self._read())
+            process = self._begin()
+            told = json.loads(_answer(process))
+            self._spelled, self._named = _Strings(_answer(process)), _Strings(_answer(process))
         except _Lost as error:
             logger.warning("no other process has the tokenizer of `%s`: %s", self._path, error)
             self.close()
@@ -75,14 +76,15 @@ class RemoteTokenizer(Tokenizer):
         self._drops_first_space = told.pop("drops_first_space")
         self.__dict__ |= told
 
-    def _begin(self) -> None:
-        """Start the process. One that gets no processor time in `PATIENCE_S` is replaced by one that takes a little. Errors: _Lost"""
+    def _begin(self) -> subprocess.Popen[bytes]:
+        """Start the process: it has its answer, or will have. One that gets no processor time in `PATIENCE_S` is replaced by one that
+        takes a little. Errors: _Lost"""
+        command = [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"]
         for patient in (True, False):
-            self._process = process = subprocess.Popen(
-                [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-            )  # in this session: where the kernel shares processors out by session, a low priority would count for nothing in another
+            try:  # in this session: where the kernel shares processors out by session, a low priority would count for nothing in another
+                self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            except OSError as error:
+                raise _Lost(str(error)) from None
             self._end = weakref.finalize(self, _end, process)
             assert process.stdin is not None
             assert process.stdout is not None
@@ -90,9 +92,12 @@ class RemoteTokenizer(Tokenizer):
                 _write(process.stdin, ANSWER, json.dumps([str(self._path), patient]).encode())
             except OSError as error:
                 raise _Lost(str(error)) from None
-            if not patient or select.select([process.stdout], [], [], PATIENCE_S)[0]:
-                return
+            answer = select.poll()  # not `select`, which knows no descriptor beyond 1,023
+            answer.register(process.stdout, select.POLLIN)
+            if not patient or answer.poll(1000 * PATIENCE_S):
+                break
             self._end()
+        return process
 
     @cached_property
     def _local(self) -> Tokenizer:
@@ -158,21 +163,21 @@ class RemoteTokenizer(Tokenizer):
         with self._lock:
             try:
                 _write(process.stdin, ANSWER, question)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError) as error:  # ValueError: closed meanwhile
                 raise _Lost(str(error)) from None
-            return self._read()
+            return _answer(process)
 
-    def _read(self) -> bytes:
-        process = self._process
-        assert process is not None
-        assert process.stdout is not None
-        try:
-            kind, payload = _read(process.stdout)
-        except (OSError, ValueError) as error:
-            raise _Lost(str(error)) from None
-        if kind != ANSWER:
-            raise _Lost(payload.decode(errors="replace"))
-        return payload
+
+def _answer(process: subprocess.Popen[bytes]) -> bytes:
+    """What the process says next. Errors: _Lost"""
+    assert process.stdout is not None
+    try:
+        kind, payload = _read(process.stdout)
+    except (OSError, ValueError) as error:
+        raise _Lost(str(error)) from None
+    if kind != ANSWER:
+        raise _Lost(payload.decode(errors="replace"))
+    return payload
 
 
 class _Strings:

@@ -378,6 +378,19 @@ def adapters_section(rows: Sequence[Row]) -> str:
     return f"{table(header, body)}\n\n{source(chosen)}\n"
 
 
+def reliability_section(rows: Sequence[Row]) -> str:
+    chosen = newest(rows, lambda r: r["case"])
+    about = {"bench", "case", "device", "versions", "commit", "time", "command"}
+    body = [
+        (r["case"], ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in r.items() if key not in about))
+        for r in chosen
+    ]
+    return (
+        "The long form of `make reliability`, on a tiny model: every answer is held against the truth.\n\n"
+        f"{table(('case', 'what was done and found'), body)}\n\n{source(chosen)}\n"
+    )
+
+
 def training_section(rows: Sequence[Row]) -> str:
     chosen = newest(rows, lambda r: (r["model"], r["job_tokens"], r["candidate_tokens"], r["candidates"]))
     body = [
@@ -409,6 +422,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Sequence[Row]], str]], ...] = (
     ("index", "The first stage over a pool", index_section),
     ("explain", "Words and notes", explain_section),
     ("serve", "Serving", serve_section),
+    ("reliability", "Chaos", reliability_section),
     ("adapters", "More adapters than slots", adapters_section),
     ("ceiling", "What the machine can do at most", ceilings_section),
     ("ops", "Single ops beside their ceilings", ops_section),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ from tests.engine.conftest import SMALL
 from tests.tiny import make_tiny_adapter, make_tiny_model
 from uma_engine import AsyncEngine, Engine, UmaError, background
 from uma_engine.cli.main import main
+from uma_engine.errors import EngineUnavailable
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
@@ -207,6 +209,31 @@ def test_a_step_that_has_begun_gives_way_between_layers(bases: list[Path]) -> No
             began = time.perf_counter()
             assert (await fresh.rank(QUERIES[0], TEXTS)).results
             assert time.perf_counter() - began < 0.3
+
+    asyncio.run(run())
+
+
+def test_a_step_that_gives_way_does_not_hold_up_the_end(bases: list[Path]) -> None:
+    async def run() -> None:
+        fresh = await AsyncEngine.create(bases[1], **SMALL)
+        await fresh.rank(QUERIES[1], TEXTS)  # one that has not stepped for long does not wait
+        asked: list[bool] = []
+
+        def busy() -> bool:
+            """Not when the step begins, then for ever."""
+            asked.append(True)
+            return len(asked) > 1
+
+        fresh._stack.loop.give_way = busy
+        waiting = asyncio.ensure_future(fresh.rank(QUERIES[0], TEXTS))
+        async with asyncio.timeout(20):
+            while len(asked) < 5:
+                await asyncio.sleep(0.01)
+        began = time.perf_counter()
+        await fresh.close()
+        assert time.perf_counter() - began < 2, "it would have waited for five seconds"
+        with contextlib.suppress(EngineUnavailable):
+            await waiting
 
     asyncio.run(run())
 

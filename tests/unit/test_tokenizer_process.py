@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -149,6 +151,24 @@ def test_what_cannot_be_opened_is_refused_as_here(tmp_path: Path) -> None:
     (path := tmp_path / "m.gguf").write_bytes(b"GGUF nonsense")
     with pytest.raises(CorruptFile):
         RemoteTokenizer(path)
+
+
+def test_it_ends_with_the_process_that_asks_it_however_that_ends(model: Path) -> None:
+    script = (
+        "import os, sys; from uma_engine.catalog.tokenizer_process import RemoteTokenizer;"
+        "t = RemoteTokenizer(sys.argv[1]); print(t._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(model)], stdout=subprocess.PIPE, timeout=120, check=False)
+    pid = int(done.stdout)
+    end = time.monotonic() + 10
+    while is_there(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not is_there(pid)
+
+
+def test_ctrl_c_and_low_priorities_reach_it_as_they_should(remote: RemoteTokenizer) -> None:
+    assert os.getpgid(pid_of(remote)) != os.getpgid(0), "a terminal's Ctrl-C is for the group in front"
+    assert os.getsid(pid_of(remote)) == os.getsid(0)
 
 
 def test_closing_or_forgetting_ends_the_process(model: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import select
-import signal
 import struct
 import subprocess
 import sys
@@ -81,8 +80,10 @@ class RemoteTokenizer(Tokenizer):
         takes a little. Errors: _Lost"""
         command = [sys.executable, "-m", "uma_engine.catalog.tokenizer_process"]
         for patient in (True, False):
-            try:  # in this session: where the kernel shares processors out by session, a low priority would count for nothing in another
-                self._process = process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            try:  # a group, so that Ctrl-C is this process's affair; no session: Linux shares processors out by session before priority
+                self._process = process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
+                )
             except OSError as error:
                 raise _Lost(str(error)) from None
             self._end = weakref.finalize(self, _end, process)
@@ -270,7 +271,6 @@ def _aside(make: Callable[[], T], patient: bool) -> T:
 
 def main() -> int:
     """Serve one tokenizer over standard input and output until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other side's affair
     questions = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

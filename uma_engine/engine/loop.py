@@ -254,7 +254,7 @@ class EngineLoop:
         if give_way is None or not give_way():
             return
         began = now = time.perf_counter()
-        while now < self._way_ends and give_way():
+        while now < self._way_ends and not self._closing and give_way():
             time.sleep(0.001)
             now = time.perf_counter()
         self._waited_s += now - began

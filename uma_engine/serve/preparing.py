@@ -1,7 +1,7 @@
 """Opens a base beside one that serves, without being in its way.
 
 Knows priorities of processes, the interpreter's lock and the collector; does not know swaps. What needs much computing for a base that this
-machine has not had before (fetching, packing weights, working out a tokenizer) is done by another process that gets what others leave, and
+machine has not had before (fetching, packing weights, working out a tokenizer) is done by another process of a low priority, and
 kept in the cache; what is left is read from there.
 """
 
@@ -13,7 +13,6 @@ import gc
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -52,7 +51,8 @@ class Opener:
             "uma_engine.serve.preparing",
             stdin=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-        )  # in this session: where the kernel shares processors out by session, its low priority would count for nothing in another
+            process_group=0,  # Ctrl-C is this process's affair; no session: Linux shares processors out by session before priority
+        )
         try:
             kept = {k: self._options[k] for k in ("precision", "num_threads") if k in self._options}
             _, said = await process.communicate(json.dumps({"model": model, "options": kept}).encode())
@@ -82,7 +82,6 @@ def _out_of_the_way() -> Iterator[None]:
 
 def main() -> int:
     """Fill the cache for the base that a line of JSON on standard input names."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's affair
     os.nice(10)  # a tenth of a processor that others want: on a busy machine it still comes to an end
     told = json.loads(sys.stdin.readline())
     from uma_engine import Engine

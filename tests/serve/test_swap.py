@@ -238,10 +238,14 @@ def test_a_step_that_gives_way_does_not_hold_up_the_end(bases: list[Path]) -> No
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 def test_a_base_is_prepared_by_another_process_and_what_fails_there_fails_here(
-    bases: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bases: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str
 ) -> None:
     monkeypatch.setenv("UMA_CACHE", str(tmp_path))
+    new_loop = pytest.importorskip(
+        loop
+    ).new_event_loop  # uvloop, which Ray Serve and many servers use, lacks some of asyncio's options
     opener = Opener(**SMALL)
 
     async def run() -> None:
@@ -254,7 +258,8 @@ def test_a_base_is_prepared_by_another_process_and_what_fails_there_fails_here(
             await opener(str(tmp_path / "nowhere"))
         assert (sys.getswitchinterval(), gc.isenabled()) == before
 
-    asyncio.run(run())
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(run())
 
 
 @pytest.mark.parametrize("exclusive", [False, True], ids=["side by side", "exclusive"])

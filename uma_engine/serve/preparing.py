@@ -51,7 +51,6 @@ class Opener:
             "uma_engine.serve.preparing",
             stdin=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            process_group=0,  # Ctrl-C is this process's affair; no session: Linux shares processors out by session before priority
         )
         try:
             kept = {k: self._options[k] for k in ("precision", "num_threads") if k in self._options}
@@ -82,6 +81,8 @@ def _out_of_the_way() -> Iterator[None]:
 
 def main() -> int:
     """Fill the cache for the base that a line of JSON on standard input names."""
+    # Its own group: Ctrl-C is the server's affair (set here, as uvloop cannot). No session: Linux shares processors out by session first.
+    os.setpgid(0, 0)
     os.nice(10)  # a tenth of a processor that others want: on a busy machine it still comes to an end
     told = json.loads(sys.stdin.readline())
     from uma_engine import Engine

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from uma_engine.errors import InvalidRequest
 
 async def serve(args: argparse.Namespace, settings: Any) -> int:
     """Errors: MissingPackage, EngineUnavailable where the engines do not come up"""
+    if args.ray_address is not None:
+        _use_token()
     from uma_engine.scale.cluster import Cluster, RayLink, ScaleSpec, Stack
     from uma_engine.scale.entry import Entry
 
@@ -39,6 +42,14 @@ async def serve(args: argparse.Namespace, settings: Any) -> int:
     finally:
         await cluster.stop()
     return 0
+
+
+def _use_token() -> None:
+    """Show the cluster its token where there is one. Ray does so by itself, but Ray 2.60 only after its first connection, which a cluster
+    with tokens refuses; it reads the mode when it is imported."""
+    kept = os.environ.get("RAY_AUTH_TOKEN_PATH", Path.home() / ".ray" / "auth_token")
+    if "RAY_AUTH_TOKEN" in os.environ or Path(kept).is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def _spec(args: argparse.Namespace, settings: Any, spec: Any) -> Any:

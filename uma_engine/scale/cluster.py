@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,7 @@ class Cluster:
 
     def _start(self, address: str | None) -> None:
         if not ray.is_initialized():
+            _listens(address)
             local: dict[str, Any] = {}
             if address is None:
                 most = self._spec.replicas[1]
@@ -137,7 +139,13 @@ class Cluster:
                     "include_dashboard": False,
                 }
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+            except (ConnectionError, RuntimeError, ValueError) as error:  # Ray tells of it in several ways
+                raise EngineUnavailable(
+                    f"Ray is not reached: {str(error)[:300]}",
+                    hint="see `--ray-address`, and RAY_AUTH_TOKEN where the cluster wants a token",
+                ) from None
             self._started_ray = True
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
         self._operator = (
@@ -287,6 +295,19 @@ class Cluster:
         aliases = {a: n for a, n in aliases.items() if n in adapters}
         kept = (*(n for n in s.pinned if n != name), *((name,) if pinned else ()))
         return replace(s, adapters=adapters, aliases=aliases, pinned=kept)
+
+
+def _listens(address: str | None) -> None:
+    """Errors: EngineUnavailable where nobody listens at HOST:PORT; Ray itself would try for minutes"""
+    host, colon, port = (address or "").rpartition(":")
+    if not colon or "/" in host or not port.isdigit():  # a local one, `auto`, a client's address
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise EngineUnavailable(
+            f"no Ray cluster listens at {address}: {error}", hint="see `--ray-address`, and `ray status` there"
+        ) from None
 
 
 @ray.remote(num_cpus=0, max_retries=0)

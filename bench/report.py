@@ -272,10 +272,15 @@ def serve_section(rows: Sequence[Row]) -> str:
         parts.append(f"Open loop, mixed sizes, {load[0]['model']}:\n\n{table(header, body)}\n")
     for r in newest([r for r in rows if r["kind"] == "front"], lambda r: r["request"]):
         parts.append(f"A front end adds {r['adds_ms']:.2f} ms at the median ({r['request']}, {r['rounds']} turns).\n")
-    for r in newest([r for r in rows if r["kind"] == "batching"], lambda r: r["precision"]):
+    batching = [r for r in rows if r["kind"] == "batching" and "mix" in r]
+    for r in newest(batching, lambda r: (r["mix"], r["precision"])):
+        static = ", ".join(
+            f"{b['times'][1]:.2f}x batches of {b['batch']} (which compute {b['tokens_computed_times']:.1f} times the tokens)"
+            for b in r["static"]
+        )
         parts.append(
-            f"Continuous over static batches of {r['batch']}: {r['times']:.2f}x ({r['prompts']} completions of {r['mean_length']} tokens on"
-            f" average, {r['longest']} at most, `{r['precision']}`).\n"
+            f"Continuous over static batching, lengths {r['mix']}: {static}; {r['prompts']} completions of {r['mean_length']} tokens on"
+            f" average, {r['longest']} at most, `{r['precision']}`, {r['rounds']} turns.\n"
         )
     for r in newest([r for r in rows if r["kind"] == "priority"], lambda r: r["model"]):
         shown = ", ".join(

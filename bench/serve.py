@@ -11,7 +11,7 @@ load      requests of mixed sizes at times that do not wait for answers; `--shar
           first event and to the whole answer, and goodput: answers within five times what an idle server takes.
 front     one process against a front end before it, the same requests in turns.
 stream    many streams of a tiny model, whose tokens cost next to nothing: chunks a second, and for each second of the front end's CPU.
-batching  64 completions of mixed lengths: all at once against batches of 16 that wait for their longest. Goal: 4x.
+batching  64 completions of mixed lengths: all at once against batches of 16 or 32 that wait for their longest. Goal: 4x.
 priority  small interactive requests, alone, beside a flood of large ones of the class batch, and beside the same flood as interactive.
 swaps     bases in a circle while requests come at 70 % of the capacity of the slowest (`--own-rate`: of the one that answers); then each
           base gets those that it answered once more, at the same times, while nobody swaps; `added`: of the differences, request by
@@ -43,7 +43,21 @@ from bench.rows import ROOT, append_row, quantiles
 ADMIN = "bench-admin-secret-0123456789"
 SKILLS = "Rust PostgreSQL React nursing welding Kubernetes accounting German logistics illustration".split()  # noqa: SIM905
 IDLE_TIMES = 5  # of an idle server's median: the objective of goodput
-BATCH = 16
+BATCHES = (16, 32)
+
+
+def _of_surfaces(rng: random.Random) -> int:
+    """What specialists answer: six in ten a label, three some reasons, one a long text."""
+    kind = rng.random()
+    if kind < 0.6:
+        return rng.randrange(1, 9)
+    return min(512, 4 + int(rng.expovariate(1 / 60))) if kind < 0.9 else rng.randrange(192, 385)
+
+
+MIXES: dict[str, Callable[[random.Random], int]] = {
+    "exponential": lambda rng: min(512, 4 + int(rng.expovariate(1 / 60))),
+    "of surfaces": _of_surfaces,
+}
 SIZES = (2, 4, 4, 8, 8, 16)
 
 
@@ -230,32 +244,42 @@ async def stream(args: argparse.Namespace) -> None:
 
 
 def batching(args: argparse.Namespace) -> None:
+    """Each mix of lengths is drawn once; rounds take the ways in turns."""
     from uma_engine import Engine, SamplingParams
 
-    rng = random.Random(5)
-    prompts = [[rng.randrange(1000, 40000) for _ in range(rng.randrange(16, 128))] for _ in range(64)]
-    lengths = [min(512, 4 + int(rng.expovariate(1 / 60))) for _ in prompts]
-    params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths]
+    def timed(prompts: list[list[int]], lengths: list[int], size: int) -> float:
+        """Seconds for batches of `size`, each row of which is computed until its longest is done; 0: all at once, each as long as it is."""
+        began = time.perf_counter()
+        for i in range(0, len(prompts), size or len(prompts)):
+            part = slice(i, i + (size or len(prompts)))
+            asked = [max(lengths[part])] * len(lengths[part]) if size else lengths
+            engine.generate(prompts[part], [SamplingParams(max_tokens=n, ignore_eos=True) for n in asked])
+        return time.perf_counter() - began
+
     with Engine(args.model, precision=args.precision, enable_prefix_cache=False) as engine:
-        engine.generate(prompts[:2], params[:2])
-        times: dict[str, list[float]] = {"continuous": [], "static": []}
-        for _ in range(args.rounds):
-            began = time.perf_counter()
-            engine.generate(prompts, params)
-            times["continuous"].append(time.perf_counter() - began)
-            began = time.perf_counter()
-            for i in range(0, len(prompts), BATCH):
-                # A static batch computes every row until its longest is done.
-                longest = max(lengths[i : i + BATCH])
-                engine.generate(prompts[i : i + BATCH], SamplingParams(max_tokens=longest, ignore_eos=True))
-            times["static"].append(time.perf_counter() - began)
-    ours, theirs = (quantiles(times[name])[1] for name in ("continuous", "static"))
-    keep(args, {
-        "kind": "batching", "model": args.model, "precision": args.precision, "prompts": len(prompts), "batch": BATCH,
-        "mean_length": round(sum(lengths) / len(lengths), 1), "longest": max(lengths), "rounds": args.rounds,
-        "continuous_tokens_per_s": round(sum(lengths) / ours, 1), "static_tokens_per_s": round(sum(lengths) / theirs, 1),
-        "times": round(theirs / ours, 2),
-    })  # fmt: skip
+        for mix in MIXES:
+            rng = random.Random(5)
+            prompts = [[rng.randrange(1000, 40000) for _ in range(rng.randrange(16, 128))] for _ in range(64)]
+            lengths = [MIXES[mix](rng) for _ in prompts]
+            timed(prompts[:2], lengths[:2], 0)
+            times: dict[int, list[float]] = {0: [], **{size: [] for size in BATCHES}}
+            for _ in range(args.rounds):
+                for size, taken in times.items():
+                    taken.append(timed(prompts, lengths, size))
+            wasted = {n: sum(n * max(lengths[i : i + n]) for i in range(0, len(lengths), n)) for n in BATCHES}
+            keep(args, {
+                "kind": "batching", "mix": mix, "model": args.model, "precision": args.precision, "prompts": len(prompts),
+                "mean_length": round(sum(lengths) / len(lengths), 1), "longest": max(lengths), "rounds": args.rounds,
+                "continuous_tokens_per_s": round(sum(lengths) / quantiles(times[0])[1], 1),
+                "static": [
+                    {
+                        "batch": n, "tokens_per_s": round(sum(lengths) / quantiles(times[n])[1], 1),
+                        "times": [round(q, 2) for q in quantiles([b / a for a, b in zip(times[0], times[n], strict=True)])],
+                        "tokens_computed_times": round(wasted[n] / sum(lengths), 2),
+                    }
+                    for n in BATCHES
+                ],
+            })  # fmt: skip
 
 
 async def priority(args: argparse.Namespace) -> None:

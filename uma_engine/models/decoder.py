@@ -34,7 +34,7 @@ class DecoderModel:
     `head` holds the weight of the logits [V, K]; a tied model shares it with the embedding. `num_bytes` is the memory
     of weights and rotary tables. `flops_per_token` counts the block's matrix products for one token (a multiply and
     an add are two), without attention and without logits. `precision` is the arithmetic of the blocks' linear layers
-    (`uma_kernels.linear`); logits are always exact.
+    (`uma_kernels.linear`), but of `fast` the last block's is `near`; logits are always exact.
     """
 
     # What an architecture declares; the rest is in its ModelConfig.
@@ -125,6 +125,9 @@ class DecoderModel:
 
     def _block(self, weights: Reader, layer: int, table: torch.Tensor) -> Block:
         c = self.config
+        is_last = layer == c.num_layers - 1  # which may be asked for its output rows alone
+        # The last block makes half of the squared error of scores, and few of its rows are wanted: more accuracy costs nothing here.
+        precision = "near" if is_last and self.precision == "fast" else self.precision
         hidden, inner = c.hidden_size, c.intermediate_size
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
@@ -134,7 +137,7 @@ class DecoderModel:
             biases = [weights.vector(f"model.{site.name}.bias", site.width) for site in sites] if has_bias else None
             self._sites |= {site.name: (hidden, site.width) for site in sites}
             self._groups.append((hidden, tuple(sites)))
-            return MergedLinear(sites, packed, None if biases is None else torch.cat(biases), self.precision)
+            return MergedLinear(sites, packed, None if biases is None else torch.cat(biases), precision)
 
         def projection(name: str, width_in: int, width_out: int, has_bias: bool) -> Linear:
             site = f"layers.{layer}.{name}"
@@ -142,14 +145,13 @@ class DecoderModel:
             self._sites[site] = (width_in, width_out)
             self._groups.append((width_in, (Site(site, width_out),)))
             bias = weights.vector(f"model.{site}.bias", width_out) if has_bias else None
-            return Linear(site, weight, bias, self.precision)
+            return Linear(site, weight, bias, precision)
 
         def norm(name: str, width: int = hidden) -> RMSNorm:
             return RMSNorm(weights.vector(f"model.layers.{layer}.{name}.weight", width), c.rms_norm_eps)
 
         q = {"self_attn.q_proj": q_width}
         kv = {"self_attn.k_proj": kv_width, "self_attn.v_proj": kv_width}
-        is_last = layer == c.num_layers - 1  # which may be asked for its output rows alone
         attention = Attention(
             AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.scale, c.window_of(layer)),
             (

@@ -1,9 +1,11 @@
 """What each precision costs in accuracy: score margins of 1,008 (job, candidate) pairs, and perplexity, against `exact`.
 
     python -m bench.accuracy [--model smollm2-135m] [--precisions near,fast] [--adapter DIR]
+    python -m bench.accuracy --precisions "" --peer llama_cpp:file
 
 Jobs are 21 real postings (bench/data), candidates the 48 people of examples/. `exact` computes fp32 activations on the same
-weights; a margin is the logit of the first label less that of the second. Perplexity is over the postings' tokens.
+weights; a margin is the logit of the first label less that of the second. Perplexity is over the postings' tokens. A peer is given the
+same token ids, and held against the same `exact`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import argparse
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +45,46 @@ def margins(
             print(f"\r{precision}: job {number}/{len(jobs)}", end="", flush=True)
         print()
         return torch.tensor(rows, dtype=torch.float64)
+
+
+def peer_margins(name: str, model: str, threads: int, jobs: Sequence[str], people: Sequence[Candidate]) -> torch.Tensor:
+    """[jobs, candidates] fp64, as `margins`, of a contestant of `bench.peers`: a process a job."""
+    from bench.peers.__main__ import Worker
+    from bench.peers.material import make_material
+    from uma_engine.catalog import open_model, resolve
+    from uma_engine.catalog.chat_template import ChatTemplate
+    from uma_engine.ranking.surface import DEFAULT_PROBE, question_of
+    from uma_engine.tasks.base import DEFAULT_LABELS
+    from uma_engine.tasks.rank import DEFAULT_INSTRUCTION, RankPrompt, label_ids
+
+    settings = make_material(model, threads, len(people))
+    files = open_model(resolve(model))
+    encode = files.tokenizer.encode
+    question = question_of(DEFAULT_PROBE, DEFAULT_LABELS)
+    prompt = RankPrompt.build(files.tokenizer, ChatTemplate(files.chat_template, files.tokenizer), question)
+    yes, no = label_ids(files.tokenizer, DEFAULT_LABELS)
+    workload = json.loads(Path(settings["workload"]).read_text()) | {
+        "suffix": [],
+        "yes": yes,
+        "no": no,
+        "label_words": DEFAULT_LABELS,
+    }
+    above = prompt.head + encode(DEFAULT_INSTRUCTION) + prompt.after_instruction
+    workload["candidates"] = [encode(p.text.strip()) + prompt.after_candidate for p in people]
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        settings["workload"] = str(Path(scratch) / "workload.json")
+        for number, job in enumerate(jobs, 1):
+            workload["prefix"] = above + encode(job.strip()) + prompt.after_job
+            Path(settings["workload"]).write_text(json.dumps(workload))
+            worker = Worker(*name.split(":"), settings)
+            try:
+                rows.append(worker.ask(f"rank {len(people)}")["scores"])
+            finally:
+                worker.stop()
+            print(f"\r{name}: job {number}/{len(jobs)}", end="", flush=True)
+    print()
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 @torch.inference_mode()
@@ -81,6 +125,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--precisions", default="near,fast")
     parser.add_argument("--adapter", help="a PEFT directory to rank with")
+    parser.add_argument("--peer", help="PEER:VARIANT of bench.peers; `uma:exact` must differ by 0")
     parser.add_argument("--jobs", type=int, default=21)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-save", action="store_true")
@@ -88,16 +133,23 @@ def main() -> None:
     jobs = [json.loads(line)["text"] for line in POSTINGS.read_text().splitlines()][: args.jobs]
     people = read_candidates(CANDIDATES)
     exact = margins(args.model, "exact", args.threads, jobs, people, args.adapter)
-    exact_perplexity = perplexity(args.model, "exact", args.threads, jobs)
     print(f"{exact.numel()} pairs, standard deviation of the margins within a job {exact.std(1).mean():.4f}")
-    for precision in args.precisions.split(","):
-        found = margins(args.model, precision, args.threads, jobs, people, args.adapter)
-        ratio = perplexity(args.model, precision, args.threads, jobs) / exact_perplexity
-        row = compare(exact, found) | {"perplexity_change_pct": round(100 * (ratio - 1), 4)}
+
+    def keep(precision: str, row: dict[str, Any]) -> None:
         print(f"{precision}: " + ", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         if not args.no_save:
             conditions = {"model": args.model, "precision": precision, "adapter": args.adapter, "pairs": exact.numel()}
-            append_row("accuracy", {"bench": "accuracy", **conditions, "perplexity": round(exact_perplexity, 4), **row})
+            append_row("accuracy", {"bench": "accuracy", **conditions, **row})
+
+    if args.peer:
+        keep(args.peer, compare(exact, peer_margins(args.peer, args.model, args.threads, jobs, people)))
+    precisions = [p for p in args.precisions.split(",") if p]
+    exact_perplexity = perplexity(args.model, "exact", args.threads, jobs) if precisions else math.nan
+    for precision in precisions:
+        found = margins(args.model, precision, args.threads, jobs, people, args.adapter)
+        ratio = perplexity(args.model, precision, args.threads, jobs) / exact_perplexity
+        changed = {"perplexity": round(exact_perplexity, 4), "perplexity_change_pct": round(100 * (ratio - 1), 4)}
+        keep(precision, compare(exact, found) | changed)
 
 
 def compare(exact: torch.Tensor, found: torch.Tensor) -> dict[str, Any]:

@@ -101,7 +101,8 @@ def accuracy_section(rows: Sequence[Row]) -> str:
     body = [
         (
             row["model"], f"`{row['precision']}`", row["pairs"], f"{row['max_difference']:.4f}", f"{row['mean_difference']:.5f}",
-            f"{row['spearman_mean']:.4f}", f"{row['first_ten_kept']:.3f}", f"{row['perplexity_change_pct']:+.3f} %",
+            f"{row['spearman_mean']:.4f}", f"{row['first_ten_kept']:.3f}",
+            f"{row['perplexity_change_pct']:+.3f} %" if "perplexity_change_pct" in row else "",
         )
         for row in chosen
     ]  # fmt: skip

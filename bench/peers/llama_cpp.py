@@ -91,7 +91,7 @@ def start(variant: str, settings: dict[str, Any], w: dict[str, Any]) -> tuple[di
     if not model:
         raise RuntimeError(f"llama.cpp could not load {path}")
     tails = [c + w["suffix"] for c in w["candidates"]]
-    longest = max(len(row) for row in [*w["flat"], [*w["prefix"], *tails[0]]])
+    longest = max(len(w["prefix"]) + max(map(len, tails)), *map(len, w["flat"]))
     one = _Context(lib, model, longest + 192, 2, settings["threads"])
     many = _Context(lib, model, 16 * 192, 16, settings["threads"])
 

@@ -19,7 +19,7 @@ def start(variant: str, settings: dict[str, Any], w: dict[str, Any]) -> tuple[di
     options: dict[str, Any] = {"num_threads": settings["threads"], "precision": variant, "enable_prefix_cache": False}
     engine = Engine(settings["model"], max_loras=len(settings["adapters"]), max_lora_rank=64, **options)
     tails = [c + w["suffix"] for c in w["candidates"]]
-    labels = (" Yes", " No")
+    labels = tuple(w["label_words"])
     names: list[str] = []
 
     def margins(scores: Any) -> list[float]:

@@ -46,7 +46,7 @@ class EngineConfig:
     num_threads: int | None = None  # None: UMA_NUM_THREADS, else the CPUs this process may use
     enable_prefix_cache: bool = True
     # Arithmetic of the linear layers. "near": activations in 16 bits against quantised weights (dense ones: as "exact");
-    # "fast": in 8 bits, outliers apart, about twice as fast and its scores a little off;
+    # "fast": in 8 bits, outliers apart and the last block "near", about twice as fast and its scores a little off;
     # "exact": fp32 activations, fp32 accumulate.
     precision: str = "near"
     # Build and ask the tokenizer in another process: opening the base then hardly keeps this interpreter from other threads

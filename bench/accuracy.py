@@ -142,7 +142,10 @@ def main() -> None:
             append_row("accuracy", {"bench": "accuracy", **conditions, **row})
 
     if args.peer:
-        keep(args.peer, compare(exact, peer_margins(args.peer, args.model, args.threads, jobs, people)))
+        from bench.peers.__main__ import CONTESTS
+
+        (label,) = {c.label for c in CONTESTS if f"{c.peer}:{c.variant}" == args.peer} or {args.peer}
+        keep(label, compare(exact, peer_margins(args.peer, args.model, args.threads, jobs, people)))
     precisions = [p for p in args.precisions.split(",") if p]
     exact_perplexity = perplexity(args.model, "exact", args.threads, jobs) if precisions else math.nan
     for precision in precisions:

@@ -100,7 +100,8 @@ def accuracy_section(rows: Sequence[Row]) -> str:
     chosen = newest(rows, lambda r: (r["model"], r["precision"], r["adapter"]))
     body = [
         (
-            row["model"], f"`{row['precision']}`", row["pairs"], f"{row['max_difference']:.4f}", f"{row['mean_difference']:.5f}",
+            row["model"], row["precision"] if " " in row["precision"] else f"`{row['precision']}`",
+            row["pairs"], f"{row['max_difference']:.4f}", f"{row['mean_difference']:.5f}",
             f"{row['spearman_mean']:.4f}", f"{row['first_ten_kept']:.3f}",
             f"{row['perplexity_change_pct']:+.3f} %" if "perplexity_change_pct" in row else "",
         )
@@ -108,7 +109,7 @@ def accuracy_section(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     header = (
         "model",
-        "precision",
+        "precision, or peer",
         "pairs",
         "largest difference",
         "mean",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -108,13 +109,31 @@ def test_a_cluster_that_is_not_there(home: Path) -> None:
 
 @pytest.fixture
 def ray_address(tmp_path: Path) -> Iterator[str]:
-    """A cluster that was there before."""
-    ray = str(Path(sys.executable).with_name("ray"))
-    port = 6400
-    start = [ray, "start", "--head", f"--port={port}", "--num-cpus=3", "--include-dashboard=false"]
-    subprocess.run([*start, "--object-store-memory=100000000", "--disable-usage-stats"], check=True, timeout=120)
-    yield f"127.0.0.1:{port}"
-    subprocess.run([ray, "stop", "--force"], check=True, timeout=120)
+    """A cluster that was there before. It ends with its command: `ray stop` would end those of others as well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        f"--port={port}",
+        "--num-cpus=3",
+    ]
+    command += ["--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats"]
+    said = tmp_path / "ray.out"
+    with said.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as child:
+        try:
+            wait_for(lambda: "runtime started" in said.read_text() or child.poll() is not None)
+            assert child.poll() is None, said.read_text()
+            yield f"127.0.0.1:{port}"
+        finally:
+            child.terminate()
+            try:
+                child.wait(60)
+            finally:
+                child.kill()
 
 
 def test_engines_of_a_cluster_wait_for_the_next_entry(

@@ -140,7 +140,7 @@ class Cluster:
                 }
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
             try:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, **local)
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.WARNING, **local)
             except (ConnectionError, RuntimeError, ValueError) as error:  # Ray tells of it in several ways
                 raise EngineUnavailable(
                     f"Ray is not reached: {str(error)[:300]}",
@@ -200,6 +200,8 @@ class Cluster:
         self._handle = None
 
         def down() -> None:
+            if not ray.is_initialized():  # each of these would start Ray, or look for a cluster
+                return
             with contextlib.suppress(Exception):
                 ray.kill(self._operator)
                 serve.shutdown()

@@ -257,7 +257,7 @@ def batching(args: argparse.Namespace) -> None:
         return time.perf_counter() - began
 
     with Engine(args.model, precision=args.precision, enable_prefix_cache=False) as engine:
-        for mix in MIXES:
+        for mix in args.mixes:
             rng = random.Random(5)
             prompts = [[rng.randrange(1000, 40000) for _ in range(rng.randrange(16, 128))] for _ in range(64)]
             lengths = [MIXES[mix](rng) for _ in prompts]
@@ -458,6 +458,7 @@ def main() -> None:
         sub.add_argument("--rounds", type=int, default=200 if sub is made["front"] else 3)
         sub.add_argument("--no-save", action="store_true")
     made["stream"].add_argument("--streams", type=int, default=48)
+    made["batching"].add_argument("--mixes", choices=MIXES, nargs="+", default=list(MIXES), help="of lengths")
     made["load"].add_argument("--share", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     made["load"].add_argument("--burst", type=int, nargs="+", default=[1, 8])
     made["swaps"].add_argument("--models", nargs="+", default=["smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"])

@@ -3,7 +3,7 @@
     python -m bench.serve load [--share 0.5 0.7 0.9] [--burst 1 8] [--seconds 30]
     python -m bench.serve front
     python -m bench.serve stream
-    python -m bench.serve batching
+    python -m bench.serve batching [--mixes exponential "of surfaces"]
     python -m bench.serve priority [--seconds 60]
     python -m bench.serve swaps [--models smollm2-135m gemma3-270m qwen2.5-coder-0.5b] [--swaps 50]
 

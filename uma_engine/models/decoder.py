@@ -126,7 +126,7 @@ class DecoderModel:
     def _block(self, weights: Reader, layer: int, table: torch.Tensor) -> Block:
         c = self.config
         is_last = layer == c.num_layers - 1  # which may be asked for its output rows alone
-        # The last block makes half of the squared error of scores, and few of its rows are wanted: more accuracy costs nothing here.
+        # The last block makes almost half of the squared error of scores, and a ranking wants few of its rows: accuracy is cheap here.
         precision = "near" if is_last and self.precision == "fast" else self.precision
         hidden, inner = c.hidden_size, c.intermediate_size
         q_width, kv_width = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim

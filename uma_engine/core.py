@@ -31,6 +31,7 @@ __all__ = [
     "StepResult",
     "background",
     "in_background",
+    "unknown_token",
 ]
 
 NO_PARENT = -1
@@ -153,6 +154,11 @@ class SamplingParams:
                 json.dumps(self.json_schema, allow_nan=False)
             except (TypeError, ValueError, RecursionError) as error:
                 raise InvalidRequest(f"`json_schema` is not plain JSON data: {error}", param="json_schema") from None
+
+    @property
+    def penalises(self) -> bool:
+        """Whether tokens seen before count."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _is_int(value: object) -> TypeGuard[int]:
@@ -362,12 +368,18 @@ class Request:
         """The index of the segment that grows, NO_PARENT (which is none) in a SCORE request."""
         return len(self.segments) - 1 if self.kind is RequestKind.GENERATE else NO_PARENT
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the host must know each of its tokens to draw the next: a grammar or a penalty looks at them."""
+        return self.grammar is not None or (self.sampling is not None and self.sampling.penalises)
+
 
 @dataclass(slots=True)
 class ScheduledChunk:
     """Tokens [start, start + num_tokens) of one segment, computed in this step.
 
-    `wants_output`: the chunk ends the segment and its last row is needed: label logits (scored) or a sampled token.
+    `wants_output`: the chunk ends the segment and its last row is needed: label logits (scored) or a sampled token. `decodes`: it is the
+    one token that was drawn last. Which kernel computes a row follows from that, never from the number of tokens beside it.
     """
 
     request: Request
@@ -375,6 +387,7 @@ class ScheduledChunk:
     start: int
     num_tokens: int
     wants_output: bool
+    decodes: bool = False
 
     @property
     def segment(self) -> Segment:
@@ -399,7 +412,14 @@ class SchedulerOutput:
 @dataclass(slots=True)
 class StepResult:
     """What the runner computed, one entry per chunk with `wants_output`, in chunk order: label logits, a token id, or
-    the error that ends this request alone.
+    the error that ends this request alone. Of a step that a device still computes, a token is `unknown_token`.
     """
 
     outputs: list[list[float] | int | UmaError]
+
+
+def unknown_token(output: int) -> int:
+    """What stands for the token that is output number `output` of the step under way: below 0, as no token id is. The next step may
+    begin with it, since the device knows it by then.
+    """
+    return -1 - output

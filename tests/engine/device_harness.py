@@ -12,7 +12,7 @@ import torch
 from uma_engine.adapters import AdapterRegistry
 from uma_engine.catalog import open_model
 from uma_engine.config import EngineConfig
-from uma_engine.core import AdapterRef, FinishReason, Request, RequestKind, SamplingParams, Segment
+from uma_engine.core import AdapterRef, FinishReason, Grammar, Request, RequestKind, SamplingParams, Segment
 from uma_engine.errors import DeviceOutOfMemory
 from uma_engine.kv_cache import BlockPool
 from uma_engine.models import load_model
@@ -64,10 +64,17 @@ class Machine:
         segments += [Segment(draw.integers(3, 400, n).tolist(), parent=0, scored=True) for n in (1, 7, 4)]
         return self.add(RequestKind.SCORE, segments, adapter, label_token_ids=LABELS)
 
-    def generate(self, num_prompt: int, max_tokens: int, adapter: AdapterRef | None = None, **params: Any) -> Request:
+    def generate(
+        self,
+        num_prompt: int,
+        max_tokens: int,
+        adapter: AdapterRef | None = None,
+        grammar: Grammar | None = None,
+        **params: Any,
+    ) -> Request:
         ids = np.random.default_rng(num_prompt).integers(3, 400, num_prompt).tolist()
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **params)
-        return self.add(RequestKind.GENERATE, [Segment(ids)], adapter, sampling=sampling)
+        return self.add(RequestKind.GENERATE, [Segment(ids)], adapter, sampling=sampling, grammar=grammar)
 
     def generate_on_path(self, num_prompt: int, max_tokens: int, cut: int, **params: Any) -> Request:
         """As `generate`, the prompt cut into two segments."""

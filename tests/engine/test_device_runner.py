@@ -4,6 +4,7 @@ the calls they would hold.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import torch
 from tests.engine.device_harness import BLOCK_SIZE, DEVICE, ON_GPU, load, make, make_plain
 from uma_engine import Engine
 from uma_engine.adapters import AdapterRegistry
-from uma_engine.core import FinishReason, SamplingParams
-from uma_engine.errors import DeviceOutOfMemory, InvalidRequest
+from uma_engine.core import FinishReason, Request, SamplingParams
+from uma_engine.engine import EngineLoop
+from uma_engine.errors import DeviceOutOfMemory, InvalidRequest, UmaError
 from uma_engine.runner.device_adapters import DeviceAdapters
 from uma_kernels import dispatch
-from uma_kernels.testing import assert_near, assert_reduction
+from uma_kernels.testing import assert_exact, assert_near, assert_reduction
 
 pytestmark = pytest.mark.skipif(dispatch.triton_error() is not None, reason="Triton is not installed")
 
@@ -116,6 +118,17 @@ def test_adapters_are_applied_and_replaced_between_replays(model_dir: Path, adap
     assert_near(scores[1], scores[0], products=2)
 
 
+def test_a_row_of_the_base_has_its_bits_beside_adapters(model_dir: Path, adapters: list[Path]) -> None:
+    """Alone its step takes other kernels: no pools, and the MLP's activation at the end of a product."""
+    machine = make(model_dir, torch.bfloat16)
+    alpha = load(machine, "alpha", adapters[0])
+    alone = machine.rank()
+    machine.run()
+    _, beside = machine.rank(alpha, seed=1), machine.rank()
+    machine.run()
+    assert_exact(machine.scores_of(beside), machine.scores_of(alone))
+
+
 def test_adapters_are_kept_as_asked_for(model_dir: Path, adapters: list[Path]) -> None:
     machine = make(model_dir, max_loras=0)
     model, sizes = machine.runner._model, []
@@ -179,6 +192,108 @@ def test_two_steps_may_be_under_way(model_dir: Path) -> None:
     assert first == others[0] == others[1]
     machine.scheduler.update(output, launched[0].result())
     assert 0 < len(first) <= len([s for s in request.segments if s.scored])  # what fits in one step
+
+
+class Ends:
+    """A sink that keeps tokens and scores, and ends its request at a token where it is told to."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.tokens: list[int] = []
+        self.scores: dict[int, list[float]] = {}
+        self.stop_at = stop_at
+        self.end: tuple[FinishReason, UmaError | None] | None = None
+        self.done = threading.Event()
+
+    def on_scores(self, segment_index: int, logits: list[float]) -> None:
+        self.scores[segment_index] = logits
+
+    def on_token(self, token_id: int) -> bool:
+        self.tokens.append(token_id)
+        return len(self.tokens) == self.stop_at
+
+    def on_finished(self, reason: FinishReason, error: UmaError | None) -> None:
+        self.end = reason, error
+        self.done.set()
+
+
+@pytest.mark.parametrize("eager", [False, True] if ON_GPU else [False])
+def test_steps_that_begin_with_unseen_tokens_draw_what_others_draw(model_dir: Path, eager: bool) -> None:
+    """The engine's loop launches each step before it has read the last one's tokens; by hand each is waited for. Stop tokens, stops by
+    the listener, random draws, penalties and a grammar that wait, requests that join and scores beside them: the same tokens."""
+
+    def prompts(machine: Any) -> list[Request]:
+        found = [
+            machine.generate(6, 8, stop_token_ids=(stop,) if stop is not None else ()),
+            machine.generate(3, 7, temperature=0.7, seed=4, top_k=40),
+            machine.generate(9, 5, repetition_penalty=1.3),
+            machine.generate_on_path(7, 5, cut=3),
+            machine.generate(5, 6),
+            machine.rank(),
+            machine.generate(4, 6, grammar=OnlyEven()),
+        ]
+        return found
+
+    stop = None
+    by_hand = make(model_dir, max_loras=0, enforce_eager=eager)
+    requests = prompts(by_hand)
+    by_hand.run()
+    stop = requests[0].output_token_ids[3]  # a token that it will draw
+    assert all(token % 2 == 0 for token in requests[6].output_token_ids)
+    expected = [request.output_token_ids for request in requests]
+    expected[0] = expected[0][: expected[0].index(stop) + 1]
+    expected[4] = expected[4][:2]
+
+    machine = make(model_dir, max_loras=0, enforce_eager=eager)
+    ahead: list[bool] = []
+    launch = machine.runner.launch
+    machine.runner.launch = lambda output: (
+        ahead.append(any(c.segment.token_ids[-1] < 0 for c in output.chunks)),
+        launch(output),
+    )[1]
+    submitted: list[Request] = []
+    machine.scheduler.add_request = submitted.append  # the loop adds them
+    sinks = [Ends(stop_at=2 if number == 4 else None) for number, _ in enumerate(prompts(machine))]
+    del machine.scheduler.add_request
+    loop = EngineLoop(machine.scheduler, machine.runner, max_waiting=100)
+    try:
+        for request, sink in zip(submitted, sinks, strict=True):
+            loop.submit(request, sink)
+        for sink in sinks:
+            assert sink.done.wait(60)
+    finally:
+        loop.close()
+    assert [sink.tokens for sink in sinks[:5]] == expected[:5]
+    assert sinks[6].tokens == expected[6]
+    assert [sink.end for sink in sinks] == [
+        (FinishReason.STOP, None)
+        if number in (0, 4)
+        else (FinishReason.SCORED if number == 5 else FinishReason.LENGTH, None)
+        for number in range(7)
+    ]
+    assert [sinks[5].scores[i] for i in sorted(sinks[5].scores)] == by_hand.scores_of(requests[5]).tolist()
+    assert any(ahead), "no step began with a token that the host had not seen"
+    assert machine.pool.num_used == 0
+    machine.scheduler.check_integrity()
+
+
+class OnlyEven:
+    """A grammar of even token ids."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def mask(self) -> bytes:
+        return b"\x55" * 64
+
+    def accept(self, token_id: int) -> int:
+        assert token_id % 2 == 0
+        self.taken.append(token_id)
+        return token_id
+
+    def forced(self) -> list[int]:
+        return [8, 10] if len(self.taken) == 2 else []
 
 
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")

@@ -152,15 +152,6 @@ def test_schemas_that_cannot_be_met_are_typed_errors(engine: Engine) -> None:
             SamplingParams(json_schema=bad)  # type: ignore[arg-type]
 
 
-def test_an_engine_whose_device_knows_no_grammars_says_so(engine: Engine) -> None:
-    object.__setattr__(engine.config, "device", "cuda")
-    try:
-        with pytest.raises(InvalidRequest, match="knows no grammars"):
-            engine.generate(PROMPT, SamplingParams(json_schema=FREE))
-    finally:
-        object.__setattr__(engine.config, "device", "cpu")
-
-
 class Failing:
     """A grammar that ends its request at a chosen place."""
 

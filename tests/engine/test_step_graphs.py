@@ -13,6 +13,7 @@ import torch
 
 from tests.engine.device_harness import ON_GPU, Machine, load, make
 from uma_engine.core import FinishReason
+from uma_engine.runner.prepare import is_decode
 from uma_kernels import dispatch
 from uma_kernels.testing import assert_invariant
 
@@ -71,7 +72,7 @@ def test_a_step_with_no_room_in_its_graph_runs_without(tiny_dir: Path, monkeypat
     scores = []
     for room in (None, step_graphs.Room(48, 8, 1, 2, 64)):
         if room is not None:
-            monkeypatch.setattr(step_graphs.Room, "of", classmethod(lambda cls, tokens, room=room: room))
+            monkeypatch.setattr(step_graphs.Room, "of", classmethod(lambda cls, tokens, decodes, room=room: room))
         machine = make(tiny_dir, max_loras=0)
         counting = Counting(machine)
         request = machine.rank()
@@ -82,16 +83,56 @@ def test_a_step_with_no_room_in_its_graph_runs_without(tiny_dir: Path, monkeypat
     assert_invariant(scores[1], scores[0])
 
 
-def test_steps_with_decodes_take_other_graphs(tiny_dir: Path) -> None:
-    machine = make(tiny_dir, max_loras=0)
-    counting = Counting(machine)
-    machine.generate(5, 3)
-    machine.run(2)
-    machine.rank()
-    machine.run()
-    kinds = [taken for _, taken in counting.taken]
-    assert True in kinds, "a prefill alone"
-    assert False in kinds, "a prefill beside a decode"
+class Recording:
+    """A model that keeps the hidden states of which it was asked for logits, by the request that they belong to."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine, self.logits_of = machine, machine.runner._model.logits
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        machine.runner._model.logits = self.logits
+        self.chunks: list[Any] = []
+        launch = machine.runner._launch
+
+        def noted(output: Any) -> Any:
+            wanted = [chunk for chunk in output.chunks if chunk.wants_output and chunk.request.sampling is not None]
+            self.chunks = sorted(wanted, key=lambda chunk: not is_decode(chunk))  # as they are laid out
+            return launch(output)
+
+        machine.runner._launch = noted
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        for chunk, row in zip(self.chunks, hidden, strict=False):
+            self.rows.setdefault(chunk.request.request_id, []).append(row.clone())
+        return self.logits_of(hidden)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_decoding_row_has_its_bits_beside_prefill_and_paths(
+    tiny_dir: Path, adapter_dirs: dict[str, Path], eager: bool
+) -> None:
+    """Alone, and beside requests that prefill, score, decode on a path of segments before it, and join in its middle."""
+    found = []
+    for company in (False, True):
+        machine = make(tiny_dir, enforce_eager=eager)
+        counting, recording = None if eager else Counting(machine), Recording(machine)
+        alpha = load(machine, "alpha", adapter_dirs["alpha"])
+        if company:
+            machine.generate_on_path(6, 9, cut=3)
+            machine.run(1)
+        request, adapted = machine.generate(9, 8), machine.generate(5, 8, alpha)
+        for seed in range(4):
+            machine.run(2)
+            if company:
+                machine.rank(alpha if seed % 2 else None, seed=seed)
+        machine.run()
+        assert machine.pool.num_used == 0
+        found.append([torch.stack(recording.rows[r.request_id]) for r in (request, adapted)])
+        if company and counting is not None:
+            assert all(taken for _, taken in counting.taken), "a step beside decodes has no graph"
+            assert len({tokens for tokens, _ in counting.taken}) > 3
+    for alone, beside in zip(*found, strict=True):
+        assert alone.shape == (8, alone.shape[1])
+        assert_invariant(beside, alone)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -105,7 +105,11 @@ def make_batch(
         attention=_attention([len(chunk.tokens) for chunk in chunks[num_decodes:]], contexts[num_decodes:]),
         slot_mapping=torch.tensor(slot_mapping, dtype=torch.int32),
         output_rows=torch.tensor(rows, dtype=torch.int64),
-        last_attention=_attention([1] * len(rows), [row_contexts[row] for row in rows]) if prune else None,
+        last_attention=(
+            _attention([1] * len(rows[num_decodes:]), [row_contexts[row] for row in rows[num_decodes:]])
+            if prune
+            else None
+        ),
         decode=decode,
         lora_routing=_routing(adapter_slots) if has_adapters else None,
         output_lora_routing=_routing([adapter_slots[row] for row in rows]) if has_adapters else None,

@@ -19,9 +19,10 @@ from uma_engine.core import (
     SchedulerOutput,
     Segment,
     StepResult,
+    unknown_token,
 )
 from uma_engine.kv_cache import BlockPool
-from uma_engine.scheduler import Event, Scheduler
+from uma_engine.scheduler import Event, Finished, Scheduler, TokenReady
 
 VOCABULARY = 50
 
@@ -157,6 +158,41 @@ class CheckingRunner:
             stop = min(start + size, num_tokens)
             held = self.blocks[segment.block_ids[start // size]]
             assert held[: stop - start] == values[start:stop], "a block does not hold what a chunk reads"
+
+
+class Ahead:
+    """As the engine's loop over a device: a step counts as done when it is launched, and its outputs are known a step later."""
+
+    def __init__(self, scheduler: Scheduler, runner: CheckingRunner) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.underway: list[tuple[Event, Any]] = []
+
+    def update(self, output: SchedulerOutput) -> list[Event]:
+        """Take a planned step for done; the events of the one before."""
+        landed = self.land()
+        outputs = self.runner.run(output).outputs  # the device knows what the host has yet to see
+        wanted = [chunk for chunk in output.chunks if chunk.wants_output]
+        unknown = [
+            unknown_token(place) if chunk.request.kind is RequestKind.GENERATE else []
+            for place, chunk in enumerate(wanted)
+        ]
+        values = {(id(c.request), c.segment_index): value for c, value in zip(wanted, outputs, strict=True)}
+        for event in self.scheduler.update(output, StepResult(unknown)):
+            index = event.request.growing if isinstance(event, TokenReady) else getattr(event, "segment_index", None)
+            self.underway.append((event, values.get((id(event.request), index))))
+        return landed
+
+    def land(self) -> list[Event]:
+        underway, self.underway = self.underway, []
+        for event, value in underway:
+            if isinstance(event, TokenReady):
+                assert event.token_id < 0
+                self.scheduler.settle(event, value)
+                assert event.token_id == value
+            elif not isinstance(event, Finished):
+                event.logits = value
+        return [event for event, _ in underway]
 
 
 def score_request(

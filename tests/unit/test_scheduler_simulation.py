@@ -6,11 +6,11 @@ import random
 from collections import Counter
 
 import pytest
-from scheduler_harness import Engine, expected_scores, generate_request, rank_request, score_request
+from scheduler_harness import Ahead, Engine, expected_scores, generate_request, rank_request, score_request
 
 from uma_engine.core import NO_PARENT, FinishReason, Request, SchedulerOutput
 from uma_engine.errors import Overloaded
-from uma_engine.scheduler import Finished, ScoreReady
+from uma_engine.scheduler import Event, Finished, ScoreReady
 
 STEP_SECONDS = 0.01
 BUDGET = 96
@@ -20,7 +20,7 @@ MAX_RUNNING = 32
 class Simulation:
     """Arrivals, cancels and failures drawn from a seed. Every event is booked and compared with what was asked."""
 
-    def __init__(self, seed: int, num_requests: int, num_blocks: int) -> None:
+    def __init__(self, seed: int, num_requests: int, num_blocks: int, ahead: bool = False) -> None:
         self.random = random.Random(seed)
         self.engine = Engine(
             num_blocks,
@@ -30,6 +30,7 @@ class Simulation:
             max_num_seqs=MAX_RUNNING,
             max_waiting=200,
         )
+        self.ahead = Ahead(self.engine.scheduler, self.engine.runner) if ahead else None
         self.num_requests = num_requests
         self.num_submitted = 0
         self.num_refused = 0
@@ -52,11 +53,15 @@ class Simulation:
                 self._end(request, reason)
             if output.chunks:
                 self._run_step(output)
+            elif self.ahead:
+                self._book(self.ahead.land())
             self.steps += 1
             self.engine.now += STEP_SECONDS
             self.trace.append((len(output.chunks), output.num_tokens, len(self.live)))
             if self.steps % 500 == 0:
                 scheduler.check_integrity()
+        if self.ahead:
+            self._book(self.ahead.land())
 
     def _make(self) -> Request:
         draw = self.random
@@ -100,13 +105,21 @@ class Simulation:
     def _run_step(self, output: SchedulerOutput) -> None:
         scheduler = self.engine.scheduler
         self._cancel(chance=0.05)  # in flight
-        result = self.engine.runner.run(output)
         if self.random.random() < 0.004:
+            if self.ahead:
+                self._book(self.ahead.land())
             events = scheduler.abort_step(output, RuntimeError("injected"))
+        elif self.ahead:
+            events = self.ahead.update(output)
         else:
-            events = scheduler.update(output, result)
+            events = scheduler.update(output, self.engine.runner.run(output))
+        self._book(events)
+
+    def _book(self, events: list[Event]) -> None:
         for event in events:
             name = event.request.request_id
+            if self.ahead and name not in self.live:
+                continue  # it was ended with a step under way
             if isinstance(event, Finished):
                 self._end(event.request, event.reason)
             elif isinstance(event, ScoreReady):
@@ -122,6 +135,7 @@ class Simulation:
             assert scores == expected_scores(request)
         if reason is FinishReason.LENGTH:
             assert len(request.output_token_ids) == request.sampling.max_tokens
+            assert min(request.output_token_ids) >= 0
         # a fair share for its own tokens, after a turn for all that came before it: twice that is the limit
         step, backlog = self.arrived.pop(name)
         fair = backlog / BUDGET + self._size(request) / (BUDGET / MAX_RUNNING)
@@ -144,16 +158,17 @@ class Simulation:
         self.engine.scheduler.check_integrity()
 
 
-def simulate(seed: int, num_requests: int, num_blocks: int) -> Simulation:
-    simulation = Simulation(seed, num_requests, num_blocks)
+def simulate(seed: int, num_requests: int, num_blocks: int, ahead: bool = False) -> Simulation:
+    simulation = Simulation(seed, num_requests, num_blocks, ahead)
     simulation.run()
     simulation.check()
     return simulation
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("num_blocks", [400, 60, 30])
-def test_five_thousand_requests_all_end_as_they_should(num_blocks):
-    simulate(seed=1, num_requests=5_000, num_blocks=num_blocks)
+def test_five_thousand_requests_all_end_as_they_should(num_blocks, ahead):
+    simulate(seed=1, num_requests=5_000, num_blocks=num_blocks, ahead=ahead)
 
 
 def test_overload_is_refused_and_tight_memory_preempts_without_losing_anything():

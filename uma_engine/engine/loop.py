@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from uma_engine.core import FinishReason, Request, RequestKind, SchedulerOutput, StepResult
+from uma_engine.core import FinishReason, Request, RequestKind, SchedulerOutput, StepResult, unknown_token
 from uma_engine.engine.meter import StepMeter
 from uma_engine.errors import (
     DeadlineExceeded,
@@ -64,14 +64,15 @@ class Launched(Protocol):
 
 @runtime_checkable
 class LaunchingRunner(Protocol):
-    """A runner that need not be waited for. Steps run in the order in which they are launched."""
+    """A runner that need not be waited for. Steps run in the order in which they are launched; a step may begin with tokens of the one
+    launched before it that only the device knows (`unknown_token`)."""
 
     def launch(self, output: SchedulerOutput) -> Launched: ...
 
 
 @dataclass(slots=True)
 class _Underway:
-    """A step whose effects the scheduler has taken for granted, and the events that wait for its scores."""
+    """A step whose effects the scheduler has taken for granted, and the events that wait for its scores and tokens."""
 
     output: SchedulerOutput
     launched: Launched
@@ -334,21 +335,24 @@ class EngineLoop:
     def _launch(self, runner: LaunchingRunner, output: SchedulerOutput) -> list[Event]:
         """Begin a step and, while the device works, hand over what the one before brought.
 
-        A step that only scores changes the schedule in a way that does not depend on its scores: the scheduler is told at
-        once that it is done, and the next step is planned and launched behind it. What it frees can be given away, for
-        steps run in order. A step with tokens is waited for: the next one needs them.
+        What a step changes in the schedule depends neither on its scores nor, but for stop tokens, on its tokens: the
+        scheduler is told at once that it is done, and the next step is planned and launched behind it. What it frees can be
+        given away, for steps run in order. A request that turns out to have ended has been computed in one step too many.
+        A step is waited for where the host must read its tokens before it can draw the next ones.
         """
         began = time.perf_counter()
         launched = runner.launch(output)
-        if any(chunk.wants_output and chunk.request.kind is not RequestKind.SCORE for chunk in output.chunks):
-            self._land()
+        self._land()
+        wanted = [chunk for chunk in output.chunks if chunk.wants_output]
+        if any(chunk.request.reads_tokens for chunk in wanted):
             result = launched.result()
             self._charge(output, began)
             return self._scheduler.update(output, result)
-        unknown: list[list[float] | int | UmaError] = [[] for chunk in output.chunks if chunk.wants_output]
-        underway = _Underway(output, launched, self._scheduler.update(output, StepResult(unknown)), began)
-        self._land()
-        self._underway = underway
+        unknown: list[list[float] | int | UmaError] = [
+            [] if chunk.request.kind is RequestKind.SCORE else unknown_token(place)
+            for place, chunk in enumerate(wanted)
+        ]
+        self._underway = _Underway(output, launched, self._scheduler.update(output, StepResult(unknown)), began)
         return []
 
     def _land(self) -> None:
@@ -356,7 +360,6 @@ class EngineLoop:
         underway, self._underway = self._underway, None
         if underway is None:
             return
-        wanted = [chunk for chunk in underway.output.chunks if chunk.wants_output]
         try:
             outputs = underway.launched.result().outputs
         except Exception as error:
@@ -366,18 +369,28 @@ class EngineLoop:
                 self._fail(chunk.request.request_id, failure)
             return
         self._charge(underway.output, underway.began)
+        wanted = [chunk for chunk in underway.output.chunks if chunk.wants_output]
         found = {
             (chunk.request.request_id, chunk.segment_index): value for chunk, value in zip(wanted, outputs, strict=True)
         }
         for event in underway.events:
+            if isinstance(event, Finished):
+                self._deliver(event)
+                continue
+            request = event.request
+            value = found[request.request_id, event.segment_index if isinstance(event, ScoreReady) else request.growing]
+            if isinstance(value, UmaError):
+                self._fail(request.request_id, value)
+                continue
             if isinstance(event, ScoreReady):
-                value = found[event.request.request_id, event.segment_index]
-                if isinstance(value, UmaError):
-                    self._fail(event.request.request_id, value)
-                    continue
                 assert isinstance(value, list)
                 event.logits = value
+            else:
+                assert isinstance(value, int)
+                self._scheduler.settle(event, value)
             self._deliver(event)
+            if isinstance(event, TokenReady) and event.finish_reason is FinishReason.STOP:
+                self._finish(request.request_id, FinishReason.STOP)
 
     def _charge(self, output: SchedulerOutput, began: float) -> None:
         """Before the step's results are handed over: who has its answer may ask what it cost."""

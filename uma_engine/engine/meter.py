@@ -64,14 +64,22 @@ class StepMeter:
         self.core_seconds += core
         self.gpu_seconds += gpu
         self.tokens += tokens
+        total = 0
         for chunk in chunks:
-            request, share = chunk.request, chunk.num_tokens / tokens
-            first = chunk.segment.path_offset + chunk.start
-            flops = sum(cost * attended_keys(first, chunk.num_tokens, window) for window, cost in self._layers)
+            request, num_tokens = chunk.request, chunk.num_tokens
+            first = request.segments[chunk.segment_index].path_offset + chunk.start
+            flops = 0
+            for window, cost in self._layers:
+                if num_tokens == 1:  # hundreds of decodes a step
+                    flops += cost * (first + 1 if window is None or window > first else window)
+                else:
+                    flops += cost * attended_keys(first, num_tokens, window)
+            share = num_tokens / tokens
             request.attention_flops += flops
             request.core_seconds += core * share
             request.gpu_seconds += gpu * share
-            self.attention_flops += flops
+            total += flops
+        self.attention_flops += total
 
 
 class _EngineClock:

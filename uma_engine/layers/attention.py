@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from uma_engine.layers.batch_input import BatchInput, Routing
+from uma_engine.layers.batch_input import BatchInput, DecodeBatch, Routing
 from uma_engine.layers.linear import Adapters, Linear, MergedLinear
 from uma_engine.layers.norm import RMSNorm
-from uma_kernels import kv_cache
 from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention
 from uma_kernels.check import empty_rows
-from uma_kernels.rope import rope
+from uma_kernels.rope import HeadNorm, norm_rope, norm_rope_write
 
 __all__ = ["Attention", "AttentionShape"]
 
@@ -74,10 +73,11 @@ class Attention:
         else:
             q_proj, kv_proj = self.qkv_proj
             q, kv = q_proj(x, routing, adapters), kv_proj(x, routing, adapters)
-        q, (k, v) = self._queries(q), self._keys_and_values(kv)
-        rope(q, k, batch.positions, self.table)
-        kv_cache.write(k, v, k_cache, v_cache, batch.slot_mapping)
-        return self._output(self._attend(q, k, v, batch, k_cache, v_cache), routing, adapters, residual)
+        q, (k, v) = self._heads(q), self._keys_and_values(kv)
+        norms = _norm_of(self.q_norm), _norm_of(self.k_norm)
+        norm_rope_write(q, k, v, batch.positions, self.table, k_cache, v_cache, batch.slot_mapping, norms)
+        out = self._attend(q, k, v, batch.decode, batch.attention, k_cache, v_cache)
+        return self._output(out, routing, adapters, residual)
 
     def of_output_rows(
         self,
@@ -93,36 +93,35 @@ class Attention:
         assert isinstance(self.qkv_proj, tuple)
         q_proj, kv_proj = self.qkv_proj
         k, v = self._keys_and_values(kv_proj(x, batch.lora_routing, adapters))
-        rope(k[:, :0], k, batch.positions, self.table)
-        kv_cache.write(k, v, k_cache, v_cache, batch.slot_mapping)
+        norms = None, _norm_of(self.k_norm)
+        norm_rope_write(k[:, :0], k, v, batch.positions, self.table, k_cache, v_cache, batch.slot_mapping, norms)
         rows, routing = batch.output_rows, batch.output_lora_routing
-        q = self._queries(q_proj(x.index_select(0, rows), routing, adapters))
-        rope(q, q[:, :0], batch.positions.index_select(0, rows), self.table)
-        s = self.shape
-        out = tree_attention(q, k, v, k_cache, v_cache, last_attention, s.scale, s.window)
+        q = self._heads(q_proj(x.index_select(0, rows), routing, adapters))
+        norm_rope(q, batch.positions.index_select(0, rows), self.table, _norm_of(self.q_norm))
+        out = self._attend(q, k, v, batch.decode, last_attention, k_cache, v_cache)
         return self._output(out, routing, adapters, residual)
 
-    def _queries(self, q: torch.Tensor) -> torch.Tensor:
-        q = q.view(q.shape[0], self.shape.num_heads, self.shape.head_dim)
-        return q if self.q_norm is None else self.q_norm.in_place(q)
+    def _heads(self, q: torch.Tensor) -> torch.Tensor:
+        return q.view(q.shape[0], self.shape.num_heads, self.shape.head_dim)
 
     def _keys_and_values(self, kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         both = kv.view(kv.shape[0], 2 * self.shape.num_kv_heads, self.shape.head_dim)
-        k, v = both[:, : self.shape.num_kv_heads], both[:, self.shape.num_kv_heads :]
-        return (k if self.k_norm is None else self.k_norm.in_place(k)), v
+        return both[:, : self.shape.num_kv_heads], both[:, self.shape.num_kv_heads :]
 
     def _attend(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        batch: BatchInput,
+        decode: DecodeBatch | None,
+        attention: AttentionBatch,
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> torch.Tensor:
-        s, decode = self.shape, batch.decode
+        """The rows of `decode` first, those of `attention` after them; k and v of all rows of the step."""
+        s = self.shape
         if decode is None:
-            return tree_attention(q, k, v, k_cache, v_cache, batch.attention, s.scale, s.window)
+            return tree_attention(q, k, v, k_cache, v_cache, attention, s.scale, s.window)
         out, n = empty_rows(tuple(q.shape), q), decode.num_rows
         paged_decode(
             q[:n],
@@ -135,8 +134,9 @@ class Attention:
             s.window,
             out[:n],
         )
-        if n < q.shape[0]:
-            tree_attention(q[n:], k, v, k_cache, v_cache, batch.attention, s.scale, s.window, out[n:])
+        first = 0 if decode.padded else n
+        if first < q.shape[0]:
+            tree_attention(q[first:], k, v, k_cache, v_cache, attention, s.scale, s.window, out[first:])
         return out
 
     def _output(
@@ -144,3 +144,7 @@ class Attention:
     ) -> torch.Tensor:
         joined = out.view(out.shape[0], self.shape.num_heads * self.shape.head_dim)
         return self.o_proj(joined, routing, adapters, residual)
+
+
+def _norm_of(norm: RMSNorm | None) -> HeadNorm | None:
+    return None if norm is None else (norm.weight, norm.eps)

@@ -40,12 +40,14 @@ class KVCacheTensors:
 class DecodeBatch:
     """Rows 0..B-1 of a step, one new token per sequence: block_table [B, M] int32, context_lens [B] int32.
 
-    A context includes the row's own token, whose key is written before it is read.
+    A context includes the row's own token, whose key is written before it is read. `padded`: of these rows some may belong to the
+    attention after them, which then counts from row 0 and overwrites what was computed of its rows here.
     """
 
     block_table: torch.Tensor
     context_lens: torch.Tensor
     block_size: int
+    padded: bool = False
 
     @property
     def num_rows(self) -> int:
@@ -60,8 +62,8 @@ class BatchInput:
              output_rows [R] int64
     `decode` covers the first rows when it is given; `attention` covers the rows after them, its `cu_seqlens_q`
     counted from the first of those. Negative context slots name rows of the whole step. `last_attention` holds one
-    chunk of one query for each output row, its context cut at that row: with it the last layer computes queries for
-    the output rows alone; None computes all of them. The LoRA routings are None when no row has an adapter;
+    chunk of one query for each output row but those of `decode`, which come first, its context cut at that row: with it the last
+    layer computes queries for the output rows alone; None computes all of them. The LoRA routings are None when no row has an adapter;
     `output_lora_routing` is `lora_routing` restricted to the output rows.
     """
 

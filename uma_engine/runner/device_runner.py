@@ -3,8 +3,8 @@
 Knows tensors of one step and the device's memory; does not know queues, text or threads. One thread calls it.
 
 The residual stream and all activations are of the weights' dtype; sums inside ops, rotary tables and label logits are fp32.
-A step is laid out on the host, copied in one piece, and launched; the host is then free until `Launched.result`. Steps of
-decodes alone replay CUDA graphs.
+A step is laid out on the host, copied in one piece, and launched; the host is then free until `Launched.result`. It may begin with
+tokens that the step before has yet to draw: they stay on the device. Steps replay CUDA graphs where one has room for them.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ from uma_engine.errors import DeviceOutOfMemory, TooLarge, UmaError
 from uma_engine.layers.batch_input import BatchInput, DecodeBatch, KVCacheTensors
 from uma_engine.layers.linear import SiteGroup
 from uma_engine.models.weights import Placement
+from uma_engine.runner.decode_tables import DecodeTables
 from uma_engine.runner.device_adapters import DeviceAdapters
 from uma_engine.runner.graphs import NOT_FINITE, DecodeGraphs, likeliest
 from uma_engine.runner.memory import DeviceMemory, num_kv_blocks
-from uma_engine.runner.model_runner import Model, not_finite, penalised, sample_tokens, sampling_of
-from uma_engine.runner.prepare import StepArrays, attention_batch, lay_out, leading_decodes
+from uma_engine.runner.model_runner import (
+    Model,
+    accepted,
+    allowed_tokens,
+    not_finite,
+    sampling_columns,
+    sampling_of,
+    token_counts,
+)
+from uma_engine.runner.prepare import StepArrays, attention_batch, block_tables, is_decode, lay_out
 from uma_engine.runner.staging import Staging
 from uma_engine.runner.step_graphs import StepGraphs, on_host, step_buckets
+from uma_engine.runner.token_feed import TokenFeed, in_order
 from uma_kernels.attention.plan import TreePlan, schedule
+from uma_kernels.sampling import SamplingBatch, sample
 
 __all__ = ["DeviceRunner", "Launched"]
 
@@ -59,26 +70,31 @@ class Launched:
         results: list[list[float] | int | UmaError] = [0] * len(self._chunks)
         for part in self._parts:
             values = part.values.numpy()
-            if part.is_tokens:
-                for row, token in zip(part.rows, values.tolist(), strict=True):
-                    results[row] = token if token != NOT_FINITE else not_finite(self._chunks[row])
+            if part.failed is not None:
+                for place, token in zip(part.places, values.tolist(), strict=True):
+                    chunk = self._chunks[place]
+                    results[place] = accepted(chunk, token) if token != NOT_FINITE else not_finite(chunk)
+                for place, error in part.failed.items():
+                    results[place] = error
             else:
                 finite = np.isfinite(values).all(-1).tolist()
-                for row, logits, good in zip(part.rows, values.tolist(), finite, strict=True):
-                    results[row] = logits if good else not_finite(self._chunks[row])
+                for place, logits, good in zip(part.places, values.tolist(), finite, strict=True):
+                    results[place] = logits if good else not_finite(self._chunks[place])
         return StepResult(results)
 
 
 class _Part:
-    """Some rows' results on the host, once the step is done: label logits [n, L] fp32, or tokens [n] int64."""
+    """Some outputs on the host, once the step is done: label logits [n, L] fp32, or tokens [n] int64, then with the outputs that
+    `failed` before anything was drawn.
+    """
 
-    __slots__ = ("is_tokens", "rows", "values")
+    __slots__ = ("failed", "places", "values")
 
-    def __init__(self, rows: Sequence[int], values: torch.Tensor, is_tokens: bool) -> None:
-        self.rows = rows
+    def __init__(self, places: Sequence[int], values: torch.Tensor, failed: dict[int, UmaError] | None = None) -> None:
+        self.places = places
         self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         self.values.copy_(values, non_blocking=True)
-        self.is_tokens = is_tokens
+        self.failed = failed
 
 
 class DeviceRunner:
@@ -99,6 +115,7 @@ class DeviceRunner:
         self._max_tokens = max(self._max_tokens, max_model_len + config.max_num_seqs)
         self._max_graph_tokens = min(MAX_GRAPH_TOKENS, config.max_num_batched_tokens)
         self._staging = Staging(self.device)
+        self._feed = TokenFeed(self._max_tokens, self.device)
         self._kv = KVCacheTensors([], [])
         self._graphs: DecodeGraphs | None = None
         self._step_graphs: StepGraphs | None = None
@@ -160,13 +177,13 @@ class DeviceRunner:
         self._new_kv(num_blocks)
         rows = min(MAX_GRAPH_ROWS, self._config.max_num_seqs, self._config.max_num_batched_tokens)
         if not self._config.enforce_eager:
+            tables = DecodeTables(rows, self._max_len, self._config.block_size, self.device, self._staging)
             self._graphs = DecodeGraphs(
                 self._model,
                 self._kv,
                 self.device,
-                max_rows=rows,
-                max_len=self._max_len,
-                block_size=self._config.block_size,
+                tables=tables,
+                feed=self._feed,
                 adapters=self.adapters,
                 staging=self._staging,
             )
@@ -179,6 +196,8 @@ class DeviceRunner:
                 self._kv,
                 self.device,
                 max_tokens=self._max_graph_tokens,
+                tables=tables,
+                feed=self._feed,
                 adapters=self.adapters,
                 staging=self._staging,
                 memory=self._graphs.memory,
@@ -229,12 +248,13 @@ class DeviceRunner:
             slot_mapping=np.full(tokens, -1, np.int32),
             lora_slots=np.full(tokens, -1, np.int32),
             output_rows=np.cumsum(lengths)[: len(wanted)] - 1,
-            block_table=np.zeros((0, 0), np.int32),
+            decodes=[],
             context_lens=np.zeros(0, np.int32),
             query_lens=lengths,
             contexts=contexts,
             last_contexts=contexts[: len(wanted)],
             output_chunks=[],
+            output_places=[],
         )
         batch, _ = self._upload(arrays, [])
         hidden = self._model.forward(batch, self._kv, None)
@@ -251,14 +271,15 @@ class DeviceRunner:
             slot_mapping=np.full(rows, -1, np.int32),
             lora_slots=np.full(rows, -1, np.int32),
             output_rows=np.arange(rows),
-            block_table=np.zeros((rows, width), np.int32),
+            decodes=[],
             context_lens=np.ones(rows, np.int32),
             query_lens=[],
             contexts=[],
             last_contexts=[],
             output_chunks=[],
+            output_places=[],
         )
-        batch, _ = self._upload(arrays, [])
+        batch, _ = self._upload(arrays, [], np.zeros((rows, width), np.int32))
         likeliest(self._model.logits(self._model.forward(batch, self._kv, None)))
 
     # ---- steps ----
@@ -269,7 +290,7 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> Launched:
-        """Begin a step. One may be under way: the new one follows it on the device.
+        """Begin a step. One may be under way: the new one follows it on the device, and may begin with its tokens (`unknown_token`).
 
         Errors:  DeviceOutOfMemory: nothing of the step is kept, and the next one can run
         """
@@ -287,11 +308,9 @@ class DeviceRunner:
         if self.adapters is not None:
             self.adapters.publish()
         chunks = output.chunks
-        decodes = leading_decodes(chunks)
-        if self._graphs is not None and decodes == len(chunks) and decodes <= self._max_graph_rows:
+        if self._graphs is not None and len(chunks) <= self._max_graph_rows and all(map(is_decode, chunks)):
             tokens, logits = self._graphs.run(chunks)
-            parts = [_Part(range(decodes), self._chosen(tokens, logits, chunks), True)]
-            return Launched(chunks, parts, self._event())
+            return Launched(chunks, [self._drawn(tokens, logits, chunks, range(len(chunks)))], self._event())
         arrays = lay_out(output, self._config.block_size)
         groups = _group_outputs(arrays.output_chunks)
         hidden = self._step_graphs.run(arrays) if self._step_graphs is not None else None
@@ -302,16 +321,18 @@ class DeviceRunner:
         else:
             several = list(groups.values()) if len(groups) > 1 else []
             rows_of = self._staging.upload([np.array(rows, np.int64) for rows in several]) or [hidden] * len(groups)
+        # Before tokens are drawn: that uploads things of its own, over these rows' numbers.
+        wanted = [hidden if len(groups) == 1 else hidden.index_select(0, index) for index in rows_of]
         parts = []
-        for (labels, rows), index in zip(groups.items(), rows_of, strict=True):
-            wanted = hidden if len(groups) == 1 else hidden.index_select(0, index)
+        for (labels, rows), states in zip(groups.items(), wanted, strict=True):
+            places = [arrays.output_places[row] for row in rows]
             if labels is None:
-                logits = self._model.logits(wanted)
-                chosen = [arrays.output_chunks[row] for row in rows]
-                parts.append(_Part(rows, self._chosen(likeliest(logits), logits, chosen), True))
+                logits = self._model.logits(states)
+                own = [arrays.output_chunks[row] for row in rows]
+                parts.append(self._drawn(likeliest(logits), logits, own, places))
             else:
-                parts.append(_Part(rows, self._model.label_logits(wanted, self._label_ids(labels)), False))
-        return Launched(arrays.output_chunks, parts, self._event())
+                parts.append(_Part(places, self._model.label_logits(states, self._label_ids(labels))))
+        return Launched([chunk for chunk in chunks if chunk.wants_output], parts, self._event())
 
     def _event(self) -> torch.cuda.Event | None:
         if self.device.type != "cuda":
@@ -320,16 +341,35 @@ class DeviceRunner:
         event.record()
         return event
 
-    def _chosen(self, tokens: torch.Tensor, logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> torch.Tensor:
-        """`tokens`, the likeliest, where a row takes that; other rows are sampled."""
-        drawn = [row for row, chunk in enumerate(chunks) if not _takes_likeliest(chunk)]
-        if not drawn:
-            return tokens
-        index = torch.tensor(drawn, device=self.device)
-        finite = tokens.index_select(0, index) != NOT_FINITE
-        own = torch.where(finite[:, None], logits.index_select(0, index).float(), 0.0)
-        sampled = sample_tokens(own, [chunks[row] for row in drawn]).to(self.device)
-        return tokens.index_copy(0, index, torch.where(finite, sampled, NOT_FINITE))
+    def _drawn(
+        self, tokens: torch.Tensor, logits: torch.Tensor, chunks: Sequence[ScheduledChunk], places: Sequence[int]
+    ) -> _Part:
+        """`tokens`, the likeliest, where a row takes that; other rows are sampled. The next step finds all of them in the feed."""
+        failed: dict[int, UmaError] = {}
+        rows = [row for row, chunk in enumerate(chunks) if not _takes_likeliest(chunk)]
+        if rows:
+            own = [chunks[row] for row in rows]
+            masks, errors = allowed_tokens(own, logits.shape[1])
+            failed = {places[rows[i]]: error for i, error in errors.items()}
+            columns = sampling_columns(own)
+            arrays = [np.array(rows, np.int64), np.array(list(masks), np.int64), *columns.values(), *masks.values()]
+            index, masked, *parts = self._staging.upload(arrays)
+            batch = SamplingBatch(**dict(zip(columns, parts, strict=False)))
+            mask = None
+            if masks:
+                mask = torch.ones(len(rows), logits.shape[1], dtype=torch.bool, device=self.device)
+                mask.index_copy_(0, masked, _unpacked(torch.stack(parts[len(columns) :]), logits.shape[1]))
+            counts = [token_counts(chunk) if sampling_of(chunk).penalises else None for chunk in own]
+            on_device = [None if c is None else (c[0].to(self.device), c[1].to(self.device)) for c in counts]
+            finite = tokens.index_select(0, index) != NOT_FINITE
+            scores = torch.where(finite[:, None], logits.index_select(0, index).float(), 0.0)
+            sampled = sample(scores, batch, on_device, mask)
+            tokens = tokens.index_copy(0, index, torch.where(finite, sampled, NOT_FINITE))
+        if in_order(places):
+            self._feed.keep(tokens)
+        else:
+            self._feed.keep(tokens, *self._staging.upload([np.array(places, np.int64)]))
+        return _Part(places, tokens, failed)
 
     def _label_ids(self, labels: tuple[int, ...]) -> torch.Tensor:
         found = self._labels.get(labels)
@@ -339,8 +379,11 @@ class DeviceRunner:
             found = self._labels[labels] = torch.tensor(labels, dtype=torch.int64, device=self.device)
         return found
 
-    def _upload(self, a: StepArrays, groups: list[list[int]]) -> tuple[BatchInput, list[torch.Tensor]]:
-        """The step on the device: its batch, and the row numbers of each group of outputs. One copy."""
+    def _upload(
+        self, a: StepArrays, groups: list[list[int]], table: np.ndarray | None = None
+    ) -> tuple[BatchInput, list[torch.Tensor]]:
+        """The step on the device: its batch, and the row numbers of each group of outputs. One copy. `table`: in place of its
+        decodes' own."""
         batches = (
             attention_batch(a.query_lens, a.contexts),
             attention_batch([1] * len(a.last_contexts), a.last_contexts),
@@ -352,12 +395,14 @@ class DeviceRunner:
             for key in before.plans
         ]
         self._batches = batches
-        arrays = [a.input_ids, a.positions, a.slot_mapping, a.lora_slots, a.output_rows, a.block_table, a.context_lens]
+        if table is None:
+            table, _ = block_tables(a.decodes, self._config.block_size)
+        arrays = [a.input_ids, a.positions, a.slot_mapping, a.lora_slots, a.output_rows, table, a.context_lens]
         arrays += [a.lora_slots[a.output_rows], *(np.array(rows, np.int64) for rows in groups)]
         for _, _, parts in plans:
             arrays += parts
         tensors = iter(self._staging.upload(arrays))
-        ids, positions, slots, lora_slots, rows, table, lens, output_slots = (next(tensors) for _ in range(8))
+        ids, positions, slots, lora_slots, rows, on_device, lens, output_slots = (next(tensors) for _ in range(8))
         indices = [next(tensors) for _ in groups]
         for batch, key, _ in plans:
             batch.plans[key] = TreePlan(*(next(tensors) for _ in range(4)))
@@ -367,13 +412,13 @@ class DeviceRunner:
             routing.build(lora_slots)
             output_routing.build(output_slots)
         return BatchInput(
-            input_ids=ids,
+            input_ids=self._feed.resolve(ids),
             positions=positions,
             attention=batches[0],
             slot_mapping=slots,
             output_rows=rows,
             last_attention=batches[1],
-            decode=DecodeBatch(table, lens, self._config.block_size) if a.num_decodes else None,
+            decode=DecodeBatch(on_device, lens, self._config.block_size) if a.num_decodes else None,
             lora_routing=routing,
             output_lora_routing=output_routing,
         ), indices
@@ -390,9 +435,13 @@ def _group_outputs(chunks: Sequence[ScheduledChunk]) -> dict[tuple[int, ...] | N
 
 
 def _takes_likeliest(chunk: ScheduledChunk) -> bool:
-    params = sampling_of(chunk)
-    assert chunk.request.grammar is None  # the tasks refuse it on a device
-    return params.temperature == 0 and not penalised(params)
+    return sampling_of(chunk).temperature == 0 and not chunk.request.reads_tokens
+
+
+def _unpacked(bits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Rows of bits [n, ceil(V / 8)] uint8, lowest first, as [n, V] bool."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, :, None] >> places) & 1).bool().flatten(1)[:, :vocabulary]
 
 
 def _peak_of(call: Callable[[], None]) -> int:

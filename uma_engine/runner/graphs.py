@@ -1,10 +1,9 @@
 """Decode steps as CUDA graphs: one for each size of batch, replayed with what changes copied in first.
 
-Knows rows, block tables and buffers with fixed addresses; does not know queues, text or why a row is there.
+Knows rows and buffers with fixed addresses; does not know queues, text or why a row is there.
 
 A step of B sequences replays the graph of the next larger bucket; rows beyond B look at one cached token, write nowhere and
-are not read. The block tables stay on the device: a sequence takes a block every `block_size` steps, so a step uploads its few new
-entries, and whole tables only when the batch has changed. Without CUDA the same code runs eagerly, for tests.
+are not read. Without CUDA the same code runs eagerly, for tests.
 """
 
 from __future__ import annotations
@@ -17,8 +16,10 @@ import torch
 
 from uma_engine.core import Request, ScheduledChunk
 from uma_engine.layers.batch_input import BatchInput, DecodeBatch, KVCacheTensors
+from uma_engine.runner.decode_tables import DecodeTables
 from uma_engine.runner.prepare import attention_batch
 from uma_engine.runner.staging import Layout, Staging
+from uma_engine.runner.token_feed import TokenFeed
 from uma_kernels.lora import DeviceRouting
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def buckets_up_to(most: int) -> list[int]:
 
 
 class DecodeGraphs:
-    """The decode steps of one model over one KV cache, up to `max_rows` sequences of `max_len` tokens."""
+    """The decode steps of one model over one KV cache, as many sequences as `tables` holds."""
 
     def __init__(
         self,
@@ -49,30 +50,23 @@ class DecodeGraphs:
         kv: KVCacheTensors,
         device: torch.device,
         *,
-        max_rows: int,
-        max_len: int,
-        block_size: int,
+        tables: DecodeTables,
+        feed: TokenFeed,
         adapters: DeviceAdapters | None,
         staging: Staging,
     ) -> None:
         self._model = model
         self._kv = kv
-        self._block_size = block_size
+        self._tables = tables
+        self._feed = feed
         self._adapters = adapters
         self._staging = staging
-        self._buckets = buckets_up_to(max_rows)
+        self._buckets = [min(size, tables.max_rows) for size in buckets_up_to(tables.max_rows)]
         most = self._buckets[-1]
-        self._width = -(-max_len // block_size)
-        self._host_table = np.zeros((most, self._width), np.int32)
-        # One entry more than the tables have: rows that take no new block write there.
-        self._flat_table = torch.zeros(most * self._width + 1, dtype=torch.int32, device=device)
-        self._table = self._flat_table[:-1].view(most, self._width)
         self._rows = torch.arange(most, device=device)
         self._layouts = {size: _layout(size) for size in self._buckets}
         self._inputs = torch.zeros(self._layouts[most].num_bytes, dtype=torch.uint8, device=device)
         self._no_attention = attention_batch([], [])
-        self._requests: list[Request] = []  # of the last step, in order
-        self._positions = np.zeros(0, np.int64)
         self._graphs: dict[tuple[int, bool], tuple[Callable[[], None], torch.Tensor, torch.Tensor]] = {}
         self._captured = device.type == "cuda"
         self.memory: Any = None  # of all graphs
@@ -90,52 +84,37 @@ class DecodeGraphs:
         rows = len(chunks)
         size = next(size for size in self._buckets if size >= rows)
         layout = self._layouts[size]
+        entries = np.empty(size, np.int64), np.empty(size, np.int32)
         requests = [chunk.request for chunk in chunks]
         starts = np.fromiter([chunk.start for chunk in chunks], np.int64, rows)
-        if requests != self._requests or not np.array_equal(starts, self._positions + 1):
-            self._load_tables(requests)
-        self._requests, self._positions = requests, starts
+        slots = self._tables.advance(requests, starts, *entries)
         host = self._staging.fill(layout.num_bytes)
-        with_adapters = self._fill(layout.arrays(host), requests, starts)
+        with_adapters = self._fill(layout.arrays(host), requests, starts, slots, entries)
         self._staging.upload_into(self._inputs[: layout.num_bytes], host[: layout.num_bytes])
         replay, tokens, logits = self._graph(size, with_adapters)
         replay()
         return tokens[:rows], logits[:rows]
 
-    def _fill(self, arrays: Sequence[np.ndarray], requests: Sequence[Request], starts: np.ndarray) -> bool:
-        """Write the step's inputs into the host's arrays; whether any row has an adapter."""
-        input_ids, positions, places, slots, lora_slots, lens, blocks = arrays
-        rows, block_size = len(requests), self._block_size
+    def _fill(
+        self,
+        arrays: Sequence[np.ndarray],
+        requests: Sequence[Request],
+        starts: np.ndarray,
+        slots: np.ndarray,
+        entries: tuple[np.ndarray, np.ndarray],
+    ) -> bool:
+        """Write the step's inputs into the host's arrays; whether any row has an adapter. Rows without a sequence do nothing."""
+        input_ids, positions, places, all_slots, lora_slots, lens, blocks = arrays
+        rows = len(requests)
+        places[:], blocks[:] = entries
         input_ids[:rows] = [request.segments[0].token_ids[-1] for request in requests]
-        positions[:rows] = starts
-        lens[:rows] = starts + 1
-        own, offsets = np.divmod(starts, block_size)
-        places[:] = self._host_table.size
-        blocks[:] = 0
-        opened = np.flatnonzero(offsets == 0)
-        if len(opened):
-            new = [requests[row].segments[0].block_ids[-1] for row in opened.tolist()]
-            places[opened], blocks[opened] = opened * self._width + own[opened], new
-            self._host_table[opened, own[opened]] = new
-        slots[:rows] = self._host_table[np.arange(rows), own] * block_size + offsets
-        lora_slots[:] = -1
-        lora_slots[:rows] = [-1 if r.adapter is None else r.adapter.slot for r in requests]
-        # Rows without a sequence.
-        input_ids[rows:] = 0
-        positions[rows:] = 0
-        lens[rows:] = 1
-        slots[rows:] = -1
-        return bool((lora_slots >= 0).any())
-
-    def _load_tables(self, requests: Sequence[Request]) -> None:
-        """The batch has changed: its block tables, whole."""
-        table = self._host_table[: len(requests)]
-        table[:] = 0
-        for row, request in zip(table, requests, strict=True):
-            block_ids = request.segments[0].block_ids
-            row[: len(block_ids)] = block_ids
-        (on_device,) = self._staging.upload([table])
-        self._table[: len(requests)].copy_(on_device)
+        positions[:rows], lens[:rows], all_slots[:rows] = starts, starts + 1, slots
+        lora_slots[:rows] = -1
+        if self._adapters is not None:
+            lora_slots[:rows] = [-1 if r.adapter is None else r.adapter.slot for r in requests]
+        for array, unused in ((input_ids, 0), (positions, 0), (lens, 1), (all_slots, -1), (lora_slots, -1)):
+            array[rows:] = unused
+        return bool((lora_slots[:rows] >= 0).any())
 
     def _graph(self, size: int, with_adapters: bool) -> tuple[Callable[[], None], torch.Tensor, torch.Tensor]:
         found = self._graphs.get((size, with_adapters))
@@ -158,7 +137,7 @@ class DecodeGraphs:
         layout = self._layouts[size]
         # What a stale step left must not be written anywhere while kernels are compiled and the graph is made.
         _, _, places, slots, lora_slots, lens, _ = layout.tensors(self._inputs)
-        places.fill_(self._host_table.size)
+        places.fill_(self._tables.nowhere)
         slots.fill_(-1)
         lora_slots.fill_(-1)
         lens.fill_(1)
@@ -168,19 +147,19 @@ class DecodeGraphs:
 
     def _step(self, size: int, with_adapters: bool) -> tuple[torch.Tensor, torch.Tensor]:
         input_ids, positions, places, slots, lora_slots, lens, blocks = self._layouts[size].tensors(self._inputs)
-        self._flat_table.scatter_(0, places, blocks)
+        self._tables.write(places, blocks)
         routing: DeviceRouting | None = None
         if with_adapters:
             assert self._adapters is not None
             routing = self._adapters.routing
             routing.build(lora_slots)
         batch = BatchInput(
-            input_ids=input_ids,
+            input_ids=self._feed.resolve(input_ids),
             positions=positions,
             attention=self._no_attention,
             slot_mapping=slots,
             output_rows=self._rows[:size],
-            decode=DecodeBatch(self._table[:size], lens, self._block_size),
+            decode=DecodeBatch(self._tables.tensor[:size], lens, self._tables.block_size),
             lora_routing=routing,
         )
         hidden = self._model.forward(batch, self._kv, self._adapters if with_adapters else None)

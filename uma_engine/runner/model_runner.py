@@ -17,10 +17,19 @@ from uma_engine.errors import ModelOverflow, UmaError
 from uma_engine.layers.batch_input import BatchInput, KVCacheTensors
 from uma_engine.layers.linear import Adapters, AdapterSites
 from uma_engine.runner.prepare import prepare
-from uma_kernels import dispatch
 from uma_kernels.sampling import SamplingBatch, sample
 
-__all__ = ["Model", "ModelRunner", "draw_tokens", "not_finite", "penalised", "sample_tokens", "sampling_of"]
+__all__ = [
+    "Model",
+    "ModelRunner",
+    "accepted",
+    "allowed_tokens",
+    "draw_tokens",
+    "not_finite",
+    "sampling_columns",
+    "sampling_of",
+    "token_counts",
+]
 
 
 class Model(Protocol):
@@ -87,82 +96,78 @@ class ModelRunner:
 
 
 def draw_tokens(logits: torch.Tensor, chunks: Sequence[ScheduledChunk]) -> list[int | UmaError]:
-    """The token of each row of logits [B, V], in place of it the error that ends its request: logits that are not finite, a
+    """The token of each row of logits [B, V] of the CPU, in place of it the error that ends its request: logits that are not finite, a
     grammar that failed. Rows without a grammar have the bits that they have without such neighbours.
     """
     failed: dict[int, UmaError] = {
         place: not_finite(chunks[place]) for place, finite in enumerate(_finite_rows(logits)) if not finite
     }
+    masks, errors = allowed_tokens(chunks, logits.shape[1])
+    failed = errors | failed
     mask: torch.Tensor | None = None
+    if masks:
+        mask = torch.ones(logits.shape, dtype=torch.bool)
+        for place, bits in masks.items():
+            allowed = np.unpackbits(bits, bitorder="little")[: logits.shape[1]]
+            mask[place] = torch.from_numpy(allowed.astype(np.bool_))
+    for place in failed:
+        logits[place] = 0  # sampled like the others, then thrown away
+    batch = SamplingBatch(**{name: torch.from_numpy(column) for name, column in sampling_columns(chunks).items()})
+    counts = [token_counts(chunk) if sampling_of(chunk).penalises else None for chunk in chunks]
+    tokens = sample(logits, batch, counts, mask).tolist()
+    return [
+        failed[place] if place in failed else accepted(chunk, token)
+        for place, (chunk, token) in enumerate(zip(chunks, tokens, strict=True))
+    ]
+
+
+def allowed_tokens(
+    chunks: Sequence[ScheduledChunk], vocabulary: int
+) -> tuple[dict[int, np.ndarray], dict[int, UmaError]]:
+    """Which tokens may come next in each row that has a grammar: one bit a token, lowest first, [ceil(V / 8)] uint8; and the rows whose
+    grammar failed. Ids beyond the end of what it knows are not allowed.
+    """
+    masks: dict[int, np.ndarray] = {}
+    failed: dict[int, UmaError] = {}
     for place, chunk in enumerate(chunks):
-        grammar = chunk.request.grammar
-        if grammar is None or place in failed:
+        if (grammar := chunk.request.grammar) is None:
             continue
         try:
-            allowed = _unpacked(grammar.mask(), logits.shape[1])
+            known = np.frombuffer(grammar.mask(), np.uint8)
         except UmaError as error:
             failed[place] = error
             continue
-        if mask is None:
-            mask = torch.ones(logits.shape, dtype=torch.bool)
-        mask[place] = allowed
-    for place in failed:
-        logits[place] = 0  # sampled like the others, then thrown away
-    tokens: list[int] = sample_tokens(logits, chunks, mask).tolist()
-    found: list[int | UmaError] = list(tokens)
-    for place, (chunk, token) in enumerate(zip(chunks, tokens, strict=True)):
-        if place in failed:
-            found[place] = failed[place]
-        elif (grammar := chunk.request.grammar) is not None:
-            try:
-                found[place] = grammar.accept(token)
-            except UmaError as error:
-                found[place] = error
-    return found
+        bits = masks[place] = np.zeros(-(-vocabulary // 8), np.uint8)
+        bits[: len(known)] = known[: len(bits)]
+    return masks, failed
 
 
-def _unpacked(bits: bytes, vocabulary: int) -> torch.Tensor:
-    """A grammar's mask as [V] bool; ids beyond its end are not allowed."""
-    allowed = np.zeros(vocabulary, np.bool_)
-    known = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[:vocabulary]
-    allowed[: len(known)] = known
-    return torch.from_numpy(allowed)
+def accepted(chunk: ScheduledChunk, token: int) -> int | UmaError:
+    """The token that stands after the chunk's grammar, if any, has taken the one that was drawn."""
+    grammar = chunk.request.grammar
+    if grammar is None:
+        return token
+    try:
+        return grammar.accept(token)
+    except UmaError as error:
+        return error
 
 
-def sample_tokens(
-    logits: torch.Tensor, chunks: Sequence[ScheduledChunk], mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """One token for each row of logits [B, V] fp32, by the chunks' sampling parameters, of those that `mask` [B, V] allows:
-    [B] int64.
-
-    Rows of a device are drawn on the host where the op has no kernel for the device.
-    """
-    backends = dispatch.OPS["sampling"]
-    if "triton" not in backends:
-        logits = logits.cpu()
-    device = logits.device
+def sampling_columns(chunks: Sequence[ScheduledChunk]) -> dict[str, np.ndarray]:
+    """The fields of a SamplingBatch for one row a chunk."""
     params: list[SamplingParams] = [sampling_of(chunk) for chunk in chunks]
-
-    def column(values: list[float] | list[int], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
-
-    f32, i32, i64 = torch.float32, torch.int32, torch.int64
-    batch = SamplingBatch(
-        temperature=column([p.temperature for p in params], f32),
-        top_k=column([p.top_k for p in params], i32),
-        top_p=column([p.top_p for p in params], f32),
-        min_p=column([p.min_p for p in params], f32),
-        repetition_penalty=column([p.repetition_penalty for p in params], f32),
-        presence_penalty=column([p.presence_penalty for p in params], f32),
-        frequency_penalty=column([p.frequency_penalty for p in params], f32),
-        seeds=column([p.seed or 0 for p in params], i64),
-        steps=column([len(chunk.request.output_token_ids) for chunk in chunks], i64),
-    )
-    counts = [_token_counts(chunk) if penalised(p) else None for p, chunk in zip(params, chunks, strict=True)]
-    on_device = [None if c is None else (c[0].to(device), c[1].to(device)) for c in counts]
-    forced = dispatch.forced_backend()
-    with dispatch.use_backend(forced if forced in backends else None):
-        return sample(logits, batch, on_device, None if mask is None else mask.to(device))
+    f32, i32, i64 = np.float32, np.int32, np.int64
+    return {
+        "temperature": np.array([p.temperature for p in params], f32),
+        "top_k": np.array([p.top_k for p in params], i32),
+        "top_p": np.array([p.top_p for p in params], f32),
+        "min_p": np.array([p.min_p for p in params], f32),
+        "repetition_penalty": np.array([p.repetition_penalty for p in params], f32),
+        "presence_penalty": np.array([p.presence_penalty for p in params], f32),
+        "frequency_penalty": np.array([p.frequency_penalty for p in params], f32),
+        "seeds": np.array([p.seed or 0 for p in params], i64),
+        "steps": np.array([len(chunk.request.output_token_ids) for chunk in chunks], i64),
+    }
 
 
 def _finite_rows(logits: torch.Tensor) -> list[bool]:
@@ -187,12 +192,7 @@ def sampling_of(chunk: ScheduledChunk) -> SamplingParams:
     return params
 
 
-def penalised(p: SamplingParams) -> bool:
-    """Whether tokens seen before count."""
-    return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-
-
-def _token_counts(chunk: ScheduledChunk) -> tuple[torch.Tensor, torch.Tensor]:
+def token_counts(chunk: ScheduledChunk) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids seen so far with how often each was *generated*: a prompt's token counts 0, which only the repetition penalty minds."""
     counts = dict.fromkeys((token for segment in chunk.request.segments for token in segment.token_ids), 0)
     for token in chunk.request.output_token_ids:

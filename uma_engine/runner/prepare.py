@@ -15,21 +15,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from uma_engine.core import NO_PARENT, Request, RequestKind, ScheduledChunk, SchedulerOutput
+from uma_engine.core import NO_PARENT, Request, ScheduledChunk, SchedulerOutput
 from uma_engine.layers.batch_input import BatchInput, DecodeBatch
 from uma_kernels.attention import AttentionBatch
 from uma_kernels.lora import LoraRouting
 
-__all__ = ["PreparedStep", "StepArrays", "attention_batch", "lay_out", "leading_decodes", "prepare"]
+__all__ = ["PreparedStep", "StepArrays", "attention_batch", "block_tables", "is_decode", "lay_out", "prepare"]
 
 
 @dataclass(slots=True)
 class StepArrays:
     """One step as arrays of the host; the names are those of `BatchInput`.
 
-    Shapes:  input_ids, positions [T] int64 . slot_mapping, lora_slots [T] int32 . output_rows [R] int64 . block_table
-             [B, M], context_lens [B] int32 for the first B rows, in blocks of `table_block_size` (None: the cache's) .
-             contexts: slots of each chunk after those, and last_contexts of each output row
+    Shapes:  input_ids, positions [T] int64 . slot_mapping, lora_slots [T] int32 . output_rows [R] int64 . context_lens [B] int32
+             of the first B rows, which are those of `decodes` and the first output rows . contexts: slots of each chunk
+             after those, and last_contexts of each output row after those . output_chunks: the chunk of each output row, and
+             output_places: its number among the outputs in the order of the step's chunks
     """
 
     input_ids: np.ndarray
@@ -37,13 +38,13 @@ class StepArrays:
     slot_mapping: np.ndarray
     lora_slots: np.ndarray
     output_rows: np.ndarray
-    block_table: np.ndarray
+    decodes: list[ScheduledChunk]
     context_lens: np.ndarray
     query_lens: list[int]
     contexts: list[np.ndarray]
     last_contexts: list[np.ndarray]
     output_chunks: list[ScheduledChunk]
-    table_block_size: int | None = None
+    output_places: list[int]
 
     @property
     def num_tokens(self) -> int:
@@ -69,15 +70,16 @@ class PreparedStep:
 def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> PreparedStep:
     """Build the flat batch of one step on the CPU.
 
-    Decode rows come first (the scheduler puts them there); every other chunk attends through its path of slots.
+    Decode rows come first (the scheduler puts them there, so outputs are in the order of the chunks); every other chunk attends
+    through its path of slots.
     """
     a = lay_out(output, block_size, decode_paths=True)
     lora_slots = torch.from_numpy(a.lora_slots)
     output_rows = torch.from_numpy(a.output_rows)
     decode, routing, output_routing = None, None, None
     if a.num_decodes:
-        size = a.table_block_size or block_size
-        decode = DecodeBatch(torch.from_numpy(a.block_table), torch.from_numpy(a.context_lens), size)
+        table, size = block_tables(a.decodes, block_size)
+        decode = DecodeBatch(torch.from_numpy(table), torch.from_numpy(a.context_lens), size)
     if a.has_adapters:
         routing = LoraRouting.build(lora_slots, max_loras)
         output_routing = LoraRouting.build(lora_slots[output_rows], max_loras)
@@ -96,14 +98,14 @@ def prepare(output: SchedulerOutput, *, block_size: int, max_loras: int) -> Prep
 
 
 def lay_out(output: SchedulerOutput, block_size: int, *, decode_paths: bool = False) -> StepArrays:
-    """The arrays of one step, rows in the order of its chunks.
+    """The arrays of one step: the rows of its decodes, then those of its other chunks in their order.
 
     The tail block of a segment may be partly filled, so a sequence that grows at the end of a path does not lie in whole
-    blocks. `decode_paths`: it is a decode all the same, the tables of all decodes then naming single slots; else its tokens are
-    chunks among the others.
+    blocks. `decode_paths`: it is a decode all the same (see `block_tables`); else its tokens are chunks among the others.
     """
-    chunks = output.chunks
-    num_decodes = leading_decodes(chunks, decode_paths)
+    decodes = [chunk for chunk in output.chunks if is_decode(chunk, decode_paths)]
+    num_decodes = len(decodes)
+    chunks = decodes + [chunk for chunk in output.chunks if not is_decode(chunk, decode_paths)]
     num_tokens = sum(chunk.num_tokens for chunk in chunks)
     input_ids = np.empty(num_tokens, np.int64)
     positions = np.empty(num_tokens, np.int64)
@@ -111,10 +113,9 @@ def lay_out(output: SchedulerOutput, block_size: int, *, decode_paths: bool = Fa
     lora_slots = np.full(num_tokens, -1, np.int32)
     paths = _Paths(block_size)
     contexts: list[np.ndarray] = []  # of the chunks that go through tree attention
-    last_contexts: list[np.ndarray] = []  # of the output rows, for the last layer
+    last_contexts: list[np.ndarray] = []  # of their output rows, for the last layer
     output_rows: list[int] = []
     output_chunks: list[ScheduledChunk] = []
-    prune = num_decodes < len(chunks)  # a step of decodes alone has no rows that a layer could leave out
     row = 0
     for index, chunk in enumerate(chunks):
         segment, n = chunk.segment, chunk.num_tokens
@@ -124,7 +125,7 @@ def lay_out(output: SchedulerOutput, block_size: int, *, decode_paths: bool = Fa
         positions[rows] = np.arange(first_position, first_position + n)
         if chunk.request.adapter is not None:
             lora_slots[rows] = chunk.request.adapter.slot
-        if index < num_decodes and not prune:
+        if index < num_decodes:
             position = chunk.start
             slot_mapping[row] = segment.block_ids[position // block_size] * block_size + position % block_size
             output_rows.append(row)
@@ -139,50 +140,48 @@ def lay_out(output: SchedulerOutput, block_size: int, *, decode_paths: bool = Fa
             own = paths.slots_of(segment.block_ids, end)
             slot_mapping[rows] = own[chunk.start :]
         context = np.concatenate((ancestors, own)) if len(ancestors) else own
-        if index >= num_decodes:
-            contexts.append(context)
+        contexts.append(context)
         if chunk.wants_output:
             output_rows.append(row + n - 1)
             output_chunks.append(chunk)
             last_contexts.append(context)
         row += n
 
-    decodes = chunks[:num_decodes]
-    by_slot = any(chunk.segment.parent != NO_PARENT for chunk in decodes)
-    tables: list[np.ndarray] = [
-        paths.whole(chunk) if by_slot else np.asarray(chunk.segment.block_ids, np.int32) for chunk in decodes
-    ]
-    block_table = np.zeros((num_decodes, max(map(len, tables), default=0)), np.int32)
-    for row_table, table in zip(block_table, tables, strict=True):
-        row_table[: len(table)] = table
+    places = {id(chunk): place for place, chunk in enumerate(c for c in output.chunks if c.wants_output)}
     return StepArrays(
         input_ids=input_ids,
         positions=positions,
         slot_mapping=slot_mapping,
         lora_slots=lora_slots,
         output_rows=np.array(output_rows, np.int64),
-        block_table=block_table,
+        decodes=decodes,
         context_lens=np.array([c.segment.path_offset + c.start + 1 for c in decodes], np.int32),
         query_lens=[chunk.num_tokens for chunk in chunks[num_decodes:]],
         contexts=contexts,
         last_contexts=last_contexts,
         output_chunks=output_chunks,
-        table_block_size=1 if by_slot else None,
+        output_places=[places[id(chunk)] for chunk in output_chunks],
     )
 
 
-def leading_decodes(chunks: Sequence[ScheduledChunk], decode_paths: bool = False) -> int:
-    """How many chunks, from the first on, are single tokens that end a generated sequence: one without ancestors, unless
-    `decode_paths`.
+def is_decode(chunk: ScheduledChunk, decode_paths: bool = False) -> bool:
+    """Whether a chunk is a row of paged decoding: of a sequence without ancestors, unless `decode_paths`."""
+    return chunk.decodes and (decode_paths or chunk.segment.parent == NO_PARENT)
+
+
+def block_tables(decodes: Sequence[ScheduledChunk], block_size: int) -> tuple[np.ndarray, int]:
+    """The block table of each decode [B, M] int32, and the size of its blocks: 1, so that the tables of all name single slots, where
+    one of them ends a path.
     """
-    count = 0
-    for chunk in chunks:
-        if chunk.request.kind is not RequestKind.GENERATE or chunk.num_tokens != 1 or not chunk.wants_output:
-            break
-        if not decode_paths and chunk.segment.parent != NO_PARENT:
-            break
-        count += 1
-    return count
+    paths = _Paths(block_size)
+    by_slot = any(chunk.segment.parent != NO_PARENT for chunk in decodes)
+    tables: list[np.ndarray] = [
+        paths.whole(chunk) if by_slot else np.asarray(chunk.segment.block_ids, np.int32) for chunk in decodes
+    ]
+    block_table = np.zeros((len(decodes), max(map(len, tables), default=0)), np.int32)
+    for row, table in zip(block_table, tables, strict=True):
+        row[: len(table)] = table
+    return block_table, 1 if by_slot else block_size
 
 
 def attention_batch(query_lens: list[int], contexts: list[np.ndarray]) -> AttentionBatch:

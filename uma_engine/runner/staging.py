@@ -14,6 +14,13 @@ __all__ = ["Layout", "Staging"]
 
 ALIGNMENT = 16  # bytes: what a kernel's wide loads ask for
 LEAST = 1 << 16
+BUFFERS = 8  # a step has up to three uploads, and two steps may be under way
+_TORCH_DTYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.uint8): torch.uint8,
+}
 
 
 class Layout:
@@ -36,13 +43,13 @@ class Layout:
     def tensors(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """The same places of a buffer on any device, as tensors."""
         return [
-            buffer[first : first + size].view(_torch_dtype(dtype)).view(shape)
+            buffer[first : first + size].view(_TORCH_DTYPES[dtype]).view(shape)
             for first, size, dtype, shape in self.parts
         ]
 
 
 class Staging:
-    """Two pinned buffers in turn: the host fills one while the copy of the other may still be under way.
+    """Pinned buffers in turn: the host fills one while the copies of others wait in the stream behind the step under way.
 
     The device's buffer is one: copies and kernels follow each other in one stream, so a step's arrays are overwritten only
     when the kernels that read them are done. A view is good until the next `upload`.
@@ -51,8 +58,8 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pinned = device.type == "cuda"
-        self._host = [torch.empty(0, dtype=torch.uint8)] * 2
-        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._host = [torch.empty(0, dtype=torch.uint8)] * BUFFERS
+        self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS
         self._on_device = torch.empty(0, dtype=torch.uint8, device=device)
         self._turn = 0
 
@@ -76,7 +83,7 @@ class Staging:
         return self._next(num_bytes)
 
     def _next(self, num_bytes: int) -> torch.Tensor:
-        self._turn ^= 1
+        self._turn = (self._turn + 1) % BUFFERS
         copied = self._copied[self._turn]
         if copied is not None:
             copied.synchronize()
@@ -93,7 +100,3 @@ class Staging:
 
 def _rounded(num_bytes: int) -> int:
     return max(LEAST, 1 << (num_bytes - 1).bit_length())
-
-
-def _torch_dtype(dtype: np.dtype) -> torch.dtype:
-    return torch.int64 if dtype == np.int64 else torch.int32

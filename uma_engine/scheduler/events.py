@@ -23,10 +23,13 @@ class ScoreReady:
 
 @dataclass(slots=True)
 class TokenReady:
-    """One more output token. `finish_reason` is set on the last one: STOP (the token is a stop token) or LENGTH."""
+    """One more output token, the request's number `position`. `finish_reason` is set on the last one: STOP (the token is a stop
+    token) or LENGTH. A token id below 0 is not known yet: see `Scheduler.settle`.
+    """
 
     request: Request
     token_id: int
+    position: int
     finish_reason: FinishReason | None = None
 
 

@@ -31,6 +31,9 @@ class Scheduler:
     `update(output, result)`, or `abort_step(output, error)` if running them failed. Every accepted request ends exactly
     once: in `SchedulerOutput.finished` or as a `Finished` event.
 
+    An owner whose runner is still at work may call `update` with unknown tokens and plan the next step. They must be settled before
+    the `update` of that one.
+
     Token ids are checked against the vocabulary before they come here.
     """
 
@@ -135,7 +138,7 @@ class Scheduler:
 
     def update(self, output: SchedulerOutput, result: StepResult) -> list[Event]:
         """Take the results of the step that `schedule` planned; what happened, in chunk order. An output that is an error
-        ends its request alone.
+        ends its request alone. Tokens may be unknown (`unknown_token`) where the request does not read them: `settle` their events later.
 
         Errors: InvariantViolation, with nothing changed, when the step is not the one in flight or the number of
         outputs is not the number of chunks that want one.
@@ -147,6 +150,7 @@ class Scheduler:
         self._land(output)
         outputs = iter(result.outputs)
         events: list[Event] = []
+        block_size = self.block_pool.block_size
         for chunk in chunks:
             value: Any = next(outputs) if chunk.wants_output else None
             request, index = chunk.request, chunk.segment_index
@@ -160,6 +164,11 @@ class Scheduler:
                 continue
             segment = request.segments[index]
             segment.num_computed_tokens = end = chunk.start + chunk.num_tokens
+            if chunk.decodes:  # hundreds a step: nothing is looked at that only others can have
+                if not end % block_size:
+                    self._planner.prefix_cache.insert(request, index, chunk.start, end)
+                self._accept_token(state, value, events)
+                continue
             if not segment.transient:
                 state.open_chunk = None
                 self._planner.prefix_cache.insert(request, index, chunk.start, end)
@@ -179,6 +188,20 @@ class Scheduler:
         self.counters.computed_tokens += output.num_tokens
         return events
 
+    def settle(self, event: TokenReady, token_id: int) -> None:
+        """The unknown token of an event of `update` is this one. A stop token ends the request as `finish` does, and what it has in the
+        step in flight is dropped.
+        """
+        request = event.request
+        state: RequestState = request.scheduler_state
+        outputs, token_ids = request.output_token_ids, request.segments[-1].token_ids
+        token_ids[len(token_ids) - len(outputs) + event.position] = token_id
+        outputs[event.position] = event.token_id = token_id
+        if token_id in state.stop_token_ids:
+            event.finish_reason = FinishReason.STOP
+            if self._live.get(request.request_id) is state:
+                self._end_early(request.request_id, FinishReason.STOP)
+
     def abort_step(self, output: SchedulerOutput, error: BaseException) -> list[Event]:
         """Running the step failed: end every request in it as ERROR (or as what it was ended as meanwhile)."""
         self._land(output)
@@ -197,21 +220,21 @@ class Scheduler:
         """Take a drawn token, and with it those that the request's grammar leaves no choice about: the next step computes them
         together, as it would a prompt."""
         request, grammar = state.request, state.request.grammar
-        assert request.sampling is not None
-        token_ids = [token_id]
+        token_ids: tuple[int, ...] = (token_id,)
         if grammar is not None and not grammar.finished:
-            token_ids += grammar.forced()
+            token_ids += tuple(grammar.forced())
+        outputs, growing = request.output_token_ids, request.segments[-1].token_ids
+        whole = len(outputs) + len(token_ids) if grammar is not None and grammar.finished else -1
         reason: FinishReason | None = None
-        for position, token in enumerate(token_ids, start=1):
-            request.output_token_ids.append(token)
-            request.segments[-1].token_ids.append(token)
-            if token in state.stop_token_ids or (
-                grammar is not None and grammar.finished and position == len(token_ids)
-            ):
+        for token in token_ids:
+            outputs.append(token)
+            growing.append(token)
+            position = len(outputs)
+            if token in state.stop_token_ids or position == whole:
                 reason = FinishReason.STOP
-            elif len(request.output_token_ids) >= request.sampling.max_tokens:  # within the model length: see admission
+            elif position >= state.max_tokens:  # within the model length: see admission
                 reason = FinishReason.LENGTH
-            events.append(TokenReady(request, token, reason))
+            events.append(TokenReady(request, token, position - 1, reason))
             if reason is not None:
                 self._report_end(state, reason, events)
                 return

@@ -35,6 +35,7 @@ class RequestState:
         "finished",
         "held",
         "last_step",
+        "max_tokens",
         "open_chunk",
         "order",
         "passed_over",
@@ -63,7 +64,9 @@ class RequestState:
             self.children.setdefault(segment.parent, []).append(index)
         self.ready: deque[int] = deque()
         self.stop_token_ids = request.stop_token_ids
+        self.max_tokens = 0
         if request.sampling is not None:
+            self.max_tokens = request.sampling.max_tokens
             self.stop_token_ids = request.stop_token_ids.union(request.sampling.stop_token_ids)
         self.restart()
 

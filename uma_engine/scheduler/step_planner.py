@@ -97,20 +97,22 @@ class StepPlanner:
         return self.prefix_cache.num_blocks_to_allocate(request, front, state.needs_output(front))
 
     def _schedule_decodes(self) -> None:
-        block_size = self.block_pool.block_size
+        block_size, step, chunks = self.block_pool.block_size, self.step, self._chunks
         for state in tuple(self.running):
             if not state.decoding:  # prefill, or preempted a moment ago
                 continue
             if self._tokens_left <= 0:
                 return
-            request, index = state.request, state.request.growing
-            segment = request.segments[index]
+            request = state.request
+            segments = request.segments
+            index = len(segments) - 1
+            segment = segments[index]
             start = segment.num_computed_tokens
             if start == len(segment.block_ids) * block_size and not self._take_blocks(state, index, 1):
                 continue
-            state.last_step = self.step
+            state.last_step = step
             self._tokens_left -= 1
-            self._chunks.append(ScheduledChunk(request, index, start, 1, True))
+            chunks.append(ScheduledChunk(request, index, start, 1, True, decodes=True))
 
     def _schedule_prefills(self) -> None:
         active = [state for state in self.running if state.ready]

@@ -551,12 +551,6 @@ class EngineBase:
     def _grammar(self, params: SamplingParams) -> JsonGrammar | None:
         if params.json_schema is None:
             return None
-        if self.config.device != "cpu":
-            raise InvalidRequest(
-                f"`json_schema` is given but `device` is `{self.config.device}`, whose sampling knows no grammars",
-                hint="leave `device` out",
-                param="json_schema",
-            )
         return self._grammars.json(params.json_schema, params.max_tokens)
 
     def _eos_ids(self) -> frozenset[int]:

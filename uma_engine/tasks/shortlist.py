@@ -189,12 +189,6 @@ def shortlist_plan(
         answer: RankAnswer = yield engine._rank_call(query, candidates, **options)
         tell(lambda: [RankEvent("scores", answer)])
         return answer
-    if wishes.words and engine.config.device != "cpu":
-        raise InvalidRequest(
-            f"`explain` is `words` but `device` is `{engine.config.device}`, whose sampling knows no grammars",
-            hint="leave `device` out",
-            param="explain",
-        )
     if wishes.words:
         engine._grammars.json({"type": "null"}, 16)  # the package is there: not after minutes of scoring
     people = ranking.as_candidates(candidates)

@@ -24,10 +24,6 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.eps)
 
-    def in_place(self, x: torch.Tensor) -> torch.Tensor:
-        """x itself, normed; its rows may lie apart."""
-        return rms_norm(x, self.weight, self.eps, x)
-
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """residual += x in place; returns the norm of the sum."""
         return add_rms_norm(x, residual, self.weight, self.eps)

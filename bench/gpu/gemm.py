@@ -1,6 +1,6 @@
 """Matrix products and the small ops of a decoder layer on a GPU, beside cuBLAS, torch and the measured ceilings.
 
-    python -m bench.gpu.gemm [--quick] [--tune] [--only linear fp8 small head sampling]
+    python -m bench.gpu.gemm [--quick] [--tune] [--only linear gated add fp8 small head sampling]
 
 Knows shapes of real layers and what each op has to move or multiply; does not know the engine. Every cell is checked before
 it is timed, and a row of each product is compared bit for bit with itself alone (`same_bits`).
@@ -12,20 +12,19 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from bench.gpu.harness import Timing, ceilings, compare, end, guarded, num_copies, require_gpu, save, table
-from uma_kernels import activation, kv_cache, norm, rope
+from bench.gpu.cells import DEVICE, Call, normal, race, report, results
+from bench.gpu.harness import ceilings, end, guarded, num_copies, require_gpu, save, table
+from bench.gpu.small import bench_head, bench_sampling, bench_small
+from uma_kernels import activation
 from uma_kernels.check import TILE_ROWS
-from uma_kernels.dispatch import use_backend
-from uma_kernels.label_head import label_head, token_logprobs
-from uma_kernels.linear import FP8, gather_rows, linear, pack
+from uma_kernels.linear import FP8, linear, pack
+from uma_kernels.linear import triton_gated as gated
 from uma_kernels.linear import triton_kernel as gemm
 from uma_kernels.linear.triton_kernel import Tile
-from uma_kernels.sampling import SamplingBatch, sample
 from uma_kernels.testing import assert_reduction
 
 LAYERS = {  # (N, K) of each product of a layer
@@ -34,33 +33,6 @@ LAYERS = {  # (N, K) of each product of a layer
     "8B": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)},
     "llama-8B": {"gate_up": (28672, 4096), "down": (4096, 14336)},
 }
-DEVICE = "cuda"
-Call = Callable[[], object]
-results: list[dict[str, Any]] = []
-
-
-def race(contestants: dict[str, Sequence[Call]], rounds: int = 11) -> dict[str, Timing]:
-    return compare(contestants, max(2, *(len(calls) for calls in contestants.values())), rounds)
-
-
-def report(op: str, case: str, times: dict[str, Timing], flops: int = 0, moved: int = 0, **more: Any) -> None:
-    """One row: the first contestant is ours. Ratios above 1: we are faster."""
-    (_, ours), *peers = times.items()
-    row: dict[str, Any] = {"op": op, "case": case, **ours.as_row()}
-    for name, theirs in peers:
-        row |= {f"{name}_us": round(theirs.median, 2), f"vs_{name}": round(theirs.median / ours.median, 3)}
-    limits = ceilings()
-    if flops:
-        rate = flops / ours.median / 1e6
-        row |= {"tflop_s": round(rate, 1), "of_matmul": round(rate / limits.bf16_tflop_s, 3)}
-    if moved:
-        rate = moved / ours.median / 1e3
-        row |= {"gb_s": round(rate), "of_copy": round(rate / limits.copy_gb_s, 3)}
-        row |= {"of_read": round(rate / limits.read_gb_s, 3)}
-    row |= more
-    results.append(row)
-    save("gemm", [row])
-    print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
 
 
 def check_product(ours: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
@@ -71,13 +43,25 @@ def check_product(ours: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     assert_reduction(ours[rows], library, true, torch.bfloat16)
 
 
+def operands(tokens: int, rows: int, width: int, moved: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """x and w, as many as have to take turns; x with memory for a whole tile, as the engine's own ops allot it."""
+    sets = range(num_copies(moved))
+    weights = [normal(rows, width) * width**-0.5 for _ in sets]
+    return [normal(max(tokens, TILE_ROWS), width)[:tokens] for _ in sets], weights
+
+
+def chosen(tokens: int, rows: int) -> str:
+    """The tile that `plan` names."""
+    used = gemm.plan(tokens, rows, torch.bfloat16, *gemm.device_limits(torch.device(DEVICE)))
+    return f"{used.rows}x{used.columns}x{used.depth}B-w{used.warps}-s{used.stages}"
+
+
 def linear_cell(name: str, tokens: int, shape: tuple[int, int], tile: Tile | None = None) -> float:
     """Audit (ours) against fast (cuBLAS) in one cell; our median in microseconds."""
     rows, width = shape
-    sets = num_copies(2 * (rows * width + tokens * (rows + width)))
-    weights = [normal(rows, width) * width**-0.5 for _ in range(sets)]
-    inputs = [normal(max(tokens, TILE_ROWS), width)[:tokens] for _ in range(sets)]  # as the engine's own ops allot them
-    outs = [torch.empty(tokens, rows, device=DEVICE, dtype=torch.bfloat16) for _ in range(sets)]
+    moved = 2 * (rows * width + tokens * (rows + width))
+    inputs, weights = operands(tokens, rows, width, moved)
+    outs = [torch.empty(tokens, rows, device=DEVICE, dtype=torch.bfloat16) for _ in inputs]
     gemm.linear(inputs[0], weights[0], None, None, outs[0], tile=tile)
     check_product(outs[0], inputs[0], weights[0])
     alone = torch.empty(1, rows, device=DEVICE, dtype=torch.bfloat16)
@@ -94,11 +78,9 @@ def linear_cell(name: str, tokens: int, shape: tuple[int, int], tile: Tile | Non
         contenders["cublas"] = [partial(torch.mm, x, w.T, out=out) for x, w, out in triples]
     times = race(contenders, rounds=11)
     if tile is None:
-        moved = 2 * (rows * width + tokens * (rows + width))
-        used = gemm.plan(tokens, rows, torch.bfloat16, *gemm.device_limits(inputs[0].device))
         report(
             "linear", f"{name}-T{tokens}-N{rows}-K{width}", times, 2 * tokens * rows * width, moved, same_bits=same,
-            tile=f"{used.rows}x{used.columns}x{used.depth}B-w{used.warps}-s{used.stages}",
+            tile=chosen(tokens, rows),
         )  # fmt: skip
     return times["ours"].median
 
@@ -119,6 +101,90 @@ def bench_linear(quick: bool) -> None:
     print(f"prefill {statistics.geometric_mean(prefill):.3f}, worst prefill {min(prefill):.3f}")
 
 
+def two_ops(x: torch.Tensor, w: torch.Tensor, merged: torch.Tensor, out: torch.Tensor) -> None:
+    gemm.linear(x, w, None, None, merged)
+    activation.swiglu(merged, out)
+
+
+def plain_gated(x: torch.Tensor, w: torch.Tensor, merged: torch.Tensor, out: torch.Tensor) -> None:
+    gate, up = torch.mm(x, w.T, out=merged).chunk(2, -1)
+    torch.mul(F.silu(gate), up, out=out)
+
+
+def gated_cell(name: str, tokens: int, shape: tuple[int, int], tile: Tile | None = None) -> float:
+    """swiglu at the end of gate | up, beside the same as two launches and cuBLAS with torch's; our median in microseconds."""
+    rows, width = shape
+    moved = 2 * (rows * width + tokens * (rows // 2 + width))
+    inputs, weights = operands(tokens, rows, width, moved)
+    merged, outs = ([normal(tokens, n) for _ in inputs] for n in (rows, rows // 2))
+    gated.gated_linear(inputs[0], weights[0], None, None, outs[0], False, tile)
+    expected, alone = torch.empty_like(outs[0]), torch.empty_like(outs[0][:1])
+    two_ops(inputs[0], weights[0], merged[0], expected)
+    gated.gated_linear(inputs[0][-1:], weights[0], None, None, alone, False)
+    check_product(merged[0], inputs[0], weights[0])
+    same = torch.equal(outs[0], expected) and torch.equal(alone[0], expected[-1])
+
+    quadruples = list(zip(inputs, weights, merged, outs, strict=True))
+    contenders: dict[str, Sequence[Call]] = {
+        "ours": [partial(gated.gated_linear, x, w, None, None, out, False, tile) for x, w, _, out in quadruples]
+    }
+    if tile is None:
+        contenders["two_ops"] = [partial(two_ops, *four) for four in quadruples]
+        contenders["torch"] = [partial(plain_gated, *four) for four in quadruples]
+    times = race(contenders)
+    if tile is None:
+        report(
+            "gated", f"{name}-T{tokens}-N{rows}-K{width}", times, 2 * tokens * rows * width, moved, same_bits=same,
+            tile=chosen(tokens, rows),
+        )  # fmt: skip
+    return times["ours"].median
+
+
+def bench_gated(quick: bool) -> None:
+    for model in ("0.6B", "1.7B", "8B"):
+        for tokens in (1, 64, 4096) if quick else (1, 16, 64, 1024, 4096, 8192):
+            with guarded(f"gated {model} T{tokens}"):
+                gated_cell(f"{model}-gate_up", tokens, LAYERS[model]["gate_up"])
+
+
+def product_then_add(x: torch.Tensor, w: torch.Tensor, product: torch.Tensor, residual: torch.Tensor) -> None:
+    gemm.linear(x, w, None, None, product)
+    residual.add_(product)
+
+
+def add_cell(name: str, tokens: int, shape: tuple[int, int]) -> None:
+    """A product that adds to the residual, beside a product and an addition, and cuBLAS, which adds too."""
+    rows, width = shape
+    moved = 2 * (rows * width + tokens * (2 * rows + width))
+    inputs, weights = operands(tokens, rows, width, moved)
+    outs, residuals = ([normal(tokens, rows) for _ in inputs] for _ in range(2))
+    x, w, before = inputs[0], weights[0], residuals[0].clone()
+    alone = before[-1:].clone()
+    gemm.linear(x, w, None, None, residuals[0], add=True)
+    gemm.linear(x[-1:], w, None, None, alone, add=True)
+    true = F.linear(x[:8].double(), w.double()) + before[:8].double()
+    assert_reduction(residuals[0][:8], torch.addmm(before, x, w.T)[:8], true, torch.bfloat16)
+    same = torch.equal(alone[0], residuals[0][-1])
+    quadruples = list(zip(inputs, weights, outs, residuals, strict=True))
+    contenders: dict[str, Sequence[Call]] = {
+        "ours": [partial(gemm.linear, x, w, None, None, to, add=True) for x, w, _, to in quadruples],
+        "two_ops": [partial(product_then_add, *four) for four in quadruples],
+        "torch": [partial(torch.addmm, to, x, w.T, out=to) for x, w, _, to in quadruples],
+    }
+    report(
+        "linear-add", f"{name}-T{tokens}-N{rows}-K{width}", race(contenders), 2 * tokens * rows * width, moved,
+        same_bits=same, tile=chosen(tokens, rows),
+    )  # fmt: skip
+
+
+def bench_add(quick: bool) -> None:
+    for model in ("0.6B", "1.7B", "8B"):
+        for site in ("o", "down"):
+            for tokens in (64, 4096) if quick else (1, 16, 64, 1024, 4096, 8192):
+                with guarded(f"add {model}-{site} T{tokens}"):
+                    add_cell(f"{model}-{site}", tokens, LAYERS[model][site])
+
+
 # What `--tune` tries; the best of them belong in `WIDE` and `NARROW`.
 WIDE_TRIALS = [
     Tile(128, 256, 128, 8, 3), Tile(128, 256, 128, 8, 4), Tile(128, 256, 128, 8, 3, persistent=False),
@@ -137,24 +203,26 @@ def tune() -> None:
     narrow = [
         (t, s) for t in (1, 16, 64) for s in ((1024, 3072), (4096, 1024), (4096, 4096), (4096, 14336), (24576, 4096))
     ]
-    for cells, trials in ((wide, WIDE_TRIALS), (narrow, NARROW_TRIALS)):
+    gates = [(4096, layers["gate_up"]) for layers in LAYERS.values()]  # whose epilogue is longer
+    races = (("", linear_cell, wide, WIDE_TRIALS), ("", linear_cell, narrow, NARROW_TRIALS))
+    for op, cell, cells, trials in (*races, ("gated-", gated_cell, gates, WIDE_TRIALS)):
         for tokens, shape in cells:
             found: list[tuple[float, Tile]] = []
             for tile in trials:
                 try:
-                    found.append((linear_cell("tune", tokens, shape, tile), tile))
+                    found.append((cell("tune", tokens, shape, tile), tile))
                 except Exception as error:  # a tile that does not fit in shared memory is no candidate
                     print(f"T{tokens} {shape} {tile}: {type(error).__name__} {str(error)[:90]}")
             found.sort(key=lambda pair: pair[0])
             for us, tile in found:
                 row = {
                     "op": "tune",
-                    "case": f"T{tokens}-N{shape[0]}-K{shape[1]}",
+                    "case": f"{op}T{tokens}-N{shape[0]}-K{shape[1]}",
                     "us": round(us, 2),
                     "tile": str(tile),
                 }
                 results.append(row)
-            print(f"T{tokens} {shape}:", "; ".join(f"{s:.1f} {t}" for s, t in found[:3]), flush=True)
+            print(f"{op}T{tokens} {shape}:", "; ".join(f"{s:.1f} {t}" for s, t in found[:3]), flush=True)
 
 
 def fp8_cell(site: str, tokens: int, shape: tuple[int, int]) -> None:
@@ -201,199 +269,10 @@ def bench_fp8(quick: bool) -> None:
                 fp8_cell(site, tokens, shape)
 
 
-def small_op(name: str, case: str, moved: int, make: Callable[[], tuple[Call, Call, Call]], rounds: int = 11) -> None:
-    """`make` gives on fresh buffers: ours, the peer, and a check."""
-    with guarded(f"{name} {case}"):
-        made = [make() for _ in range(num_copies(moved))]
-        made[0][2]()
-        report(name, case, race({"ours": [m[0] for m in made], "torch": [m[1] for m in made]}, rounds), moved=moved)
-
-
-def close(ours: torch.Tensor, true: torch.Tensor) -> None:
-    torch.testing.assert_close(ours.float(), true.float(), rtol=2e-2, atol=2e-2)
-
-
-def normal(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device=DEVICE).bfloat16()
-
-
-def bench_small(quick: bool) -> None:
-    for tokens in (64, 4096) if quick else (1, 64, 1024, 4096, 16384):
-        for width in (1024, 4096):
-
-            def norms(tokens: int = tokens, width: int = width) -> tuple[Call, Call, Call]:
-                x, w, out = normal(tokens, width), normal(width), torch.empty_like(normal(tokens, width))
-                return (
-                    lambda: norm.rms_norm(x, w, 1e-6, out),
-                    lambda: F.rms_norm(x, (width,), w, 1e-6),
-                    lambda: close(norm.rms_norm(x, w, 1e-6), F.rms_norm(x, (width,), w, 1e-6)),
-                )
-
-            def add_norms(tokens: int = tokens, width: int = width) -> tuple[Call, Call, Call]:
-                x, residual, w = normal(tokens, width), normal(tokens, width), normal(width)
-                out = torch.empty_like(x)
-                return (
-                    lambda: norm.add_rms_norm(x, residual, w, 1e-6, out),
-                    lambda: F.rms_norm(residual.add_(x), (width,), w, 1e-6),
-                    lambda: close(
-                        norm.add_rms_norm(x, residual.clone(), w, 1e-6), F.rms_norm(x + residual, (width,), w, 1e-6)
-                    ),
-                )
-
-            small_op("rms_norm", f"T{tokens}-K{width}", 4 * tokens * width, norms)
-            small_op("add_rms_norm", f"T{tokens}-K{width}", 8 * tokens * width, add_norms)
-
-        def ropes(tokens: int = tokens) -> tuple[Call, Call, Call]:
-            q, k = normal(tokens, 32, 128), normal(tokens, 8, 128)
-            table = rope.rotary_table(10000.0 ** (-torch.arange(0, 128, 2, device=DEVICE).float() / 128), 4096)
-            positions = torch.arange(tokens, device=DEVICE) % 4096
-
-            def plain() -> tuple[torch.Tensor, torch.Tensor]:
-                cos, sin = table[positions][:, None, :].to(q.dtype).chunk(2, -1)
-                turned = []
-                for x in (q, k):
-                    a, b = x.chunk(2, -1)
-                    turned.append(torch.cat((a * cos - b * sin, b * cos + a * sin), -1))
-                return turned[0], turned[1]
-
-            def right() -> None:
-                expected = plain()
-                ours = q.clone(), k.clone()
-                rope.rope(*ours, positions, table)
-                close(ours[0], expected[0])
-                close(ours[1], expected[1])
-
-            return lambda: rope.rope(q, k, positions, table), plain, right
-
-        def gates(tokens: int = tokens) -> tuple[Call, Call, Call]:
-            merged, out = normal(tokens, 2 * 12288), normal(tokens, 12288)
-            gate, up = merged.chunk(2, -1)
-            return (
-                lambda: activation.swiglu(merged, out),
-                lambda: F.silu(gate) * up,
-                lambda: close(activation.swiglu(merged), F.silu(gate) * up),
-            )
-
-        def writes(tokens: int = tokens) -> tuple[Call, Call, Call]:
-            k, v, k_cache, v_cache = (normal(n, 8, 128) for n in (tokens, tokens, 2 * tokens, 2 * tokens))
-            slots = torch.randperm(2 * tokens, device=DEVICE)[:tokens]
-            narrow = slots.int()
-
-            def right() -> None:
-                kv_cache.write(k, v, k_cache, v_cache, narrow)
-                assert torch.equal(k_cache[slots], k)
-                assert torch.equal(v_cache[slots], v)
-
-            return (
-                lambda: kv_cache.write(k, v, k_cache, v_cache, narrow),
-                lambda: (k_cache.index_copy_(0, slots, k), v_cache.index_copy_(0, slots, v)),
-                right,
-            )
-
-        small_op("rope", f"T{tokens}-H32-Hkv8-D128", 4 * tokens * 40 * 128, ropes)
-        small_op("swiglu", f"T{tokens}-N12288", 6 * tokens * 12288, gates)
-        small_op("kv_cache.write", f"T{tokens}-Hkv8-D128", 8 * tokens * 8 * 128, writes)
-
-
-def plain_label_head(hidden: torch.Tensor, rows: torch.Tensor, w: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return hidden[rows].float() @ w[ids].float().T
-
-
-def plain_logprobs(hidden: torch.Tensor, rows: torch.Tensor, w: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return torch.mm(hidden[rows], w.T).float().log_softmax(-1).gather(1, ids)
-
-
-def head_cells(vocabulary: int, width: int, quick: bool) -> None:
-    w = normal(vocabulary, width) * width**-0.5
-    weight, hidden = pack(w), normal(8192, width)
-    tables = [torch.randint(vocabulary, (4096,), device=DEVICE) for _ in range(4)]
-    assert torch.equal(gather_rows(weight, tables[0]), w[tables[0]])
-    contenders: dict[str, Sequence[Call]] = {
-        "ours": [partial(gather_rows, weight, ids) for ids in tables],
-        "torch": [partial(w.index_select, 0, ids) for ids in tables],
-    }
-    report("gather_rows", f"T4096-K{width}", race(contenders), moved=4 * 4096 * width)
-    for count in (100, 500):
-        rows, ids = torch.randint(8192, (count,), device=DEVICE), torch.randint(vocabulary, (2,), device=DEVICE)
-        true = hidden[rows].double() @ w[ids].double().T
-        assert (label_head(hidden, rows, weight, ids) - true).abs().max() <= 2.0**-18 * true.abs().max()
-        contenders = {
-            "ours": [partial(label_head, hidden, rows, weight, ids)] * 8,
-            "torch": [partial(plain_label_head, hidden, rows, w, ids)] * 8,
-        }
-        report("label_head", f"R{count}-L2-K{width}", race(contenders), moved=2 * (count + 2) * width)
-    for count in (16, 1024) if quick else (1, 16, 64, 1024, 4096):
-        rows, ids = torch.arange(count, device=DEVICE), torch.randint(vocabulary, (count, 1), device=DEVICE)
-        ours = token_logprobs(hidden, rows, weight, ids)
-        some = hidden[: min(8, count)]
-        true = F.linear(some.double(), w.double()).log_softmax(-1).gather(1, ids[:8])
-        assert (ours[:8] - true).abs().max() <= 1e-4
-        same = torch.equal(ours[-1:], token_logprobs(hidden, rows[-1:], weight, ids[-1:]))
-        contenders = {
-            "ours": [partial(token_logprobs, hidden, rows, weight, ids)] * 2,
-            "torch": [partial(plain_logprobs, hidden, rows, w, ids)] * 2,
-        }
-        flops, moved = 2 * count * vocabulary * width, 2 * vocabulary * width
-        case = f"R{count}-V{vocabulary}-K{width}"
-        report("token_logprobs", case, race(contenders, 9), flops, moved, same_bits=same)
-
-
-def bench_head(quick: bool) -> None:
-    for width in (1024, 4096):
-        with guarded(f"heads K{width}"):
-            head_cells(151936, width, quick)
-
-
-def plain_sample(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """Temperature 0.8, then top_k, or top_p by a sort: what torch offers without a kernel of one's own."""
-    if top_k:
-        values, ids = (logits / 0.8).topk(top_k)
-        return ids.gather(1, torch.multinomial(values.softmax(-1), 1))
-    values, ids = (logits / 0.8).sort(dim=-1, descending=True)
-    weights = values.softmax(-1)
-    weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)
-    return ids.gather(1, torch.multinomial(weights, 1))
-
-
-SAMPLING = {  # temperature, top_k, top_p
-    "greedy": (0.0, 0, 1.0),
-    "plain": (0.8, 0, 1.0),
-    "top_k-50": (0.8, 50, 1.0),
-    "top_p-0.95": (0.8, 0, 0.95),
-}
-
-
-def bench_sampling(quick: bool) -> None:
-    vocabulary = 151936
-    for rows in (64,) if quick else (1, 64, 256):
-        logits = [
-            torch.randn(rows, vocabulary, device=DEVICE) * 3 for _ in range(num_copies(4 * rows * vocabulary, 16))
-        ]
-        ones = torch.ones(rows, device=DEVICE)
-        for name, (temperature, top_k, top_p) in SAMPLING.items():
-            with guarded(f"sampling {name} B{rows}"):
-                settings = SamplingBatch(
-                    ones * temperature, (ones * top_k).int(), ones * top_p, ones * 0, ones, ones * 0, ones * 0,
-                    torch.arange(rows, device=DEVICE), torch.zeros(rows, device=DEVICE, dtype=torch.int64),
-                )  # fmt: skip
-                with use_backend("reference"):
-                    expected = sample(
-                        logits[0][:8], SamplingBatch(*(getattr(settings, f)[:8] for f in settings.__slots__))
-                    )
-                assert torch.equal(sample(logits[0], settings)[:8], expected), name
-                peer = (
-                    partial(plain_sample, top_k=top_k, top_p=top_p)
-                    if name != "greedy"
-                    else partial(torch.argmax, dim=-1)
-                )
-                contestants: dict[str, Sequence[Call]] = {
-                    "ours": [partial(sample, x, settings) for x in logits], "torch": [partial(peer, x) for x in logits],
-                }  # fmt: skip
-                report("sampling", f"{name}-B{rows}-V{vocabulary}", race(contestants), moved=4 * rows * vocabulary)
-
-
 PARTS: dict[str, Callable[[bool], None]] = {
     "linear": bench_linear,
+    "gated": bench_gated,
+    "add": bench_add,
     "fp8": bench_fp8,
     "small": bench_small,
     "head": bench_head,
@@ -416,11 +295,8 @@ def main() -> None:
     else:
         for part in args.only:
             PARTS[part](args.quick)
-        print(
-            table(
-                results, ("op", "case", "us", "vs_cublas", "vs_torch", "of_matmul", "of_copy", "of_read", "same_bits")
-            )
-        )
+        columns = "op case us vs_cublas vs_two_ops vs_torch of_matmul of_copy of_read same_bits"
+        print(table(results, columns.split()))
     end()
 
 

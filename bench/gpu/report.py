@@ -21,6 +21,12 @@ PLANNED = (
     ("ours two launches 4 a SM PDL", 4),
     ("ours two launches 8 a SM PDL", 256),
 )  # what `plans.PAIR_PLANS` holds, by rows
+PEERS = {
+    "vs_torch": "",
+    "vs_ours_bf16": " (bf16)",
+    "vs_four_ops": " (our four launches)",
+}  # of a row, and what to call it
+FUSED = {"gated": "swiglu", "linear-add": "addition to the residual"}
 
 
 def page(rows: dict[str, Sequence[Row]], table: Table) -> str:
@@ -94,17 +100,36 @@ def _gemm(rows: Sequence[Row], table: Table) -> str:
         "best share of read",
     )
     others = [
-        (r["op"], r["case"], r["us"], r.get("vs_torch") or f"{r['vs_ours_bf16']} (bf16)", r["of_read"])
+        (r["op"], r["case"], r["us"], next(f"{r[key]}{what}" for key, what in PEERS.items() if key in r), r["of_read"])
         for r in newest
-        if r["op"] != "linear"
+        if r["op"] not in ("linear", *FUSED)
     ]
     same = all(r["same_bits"] for r in newest if "same_bits" in r)
     return (
         "Batch-invariant products (mode `audit`) of the layers of 0.6B, 1.7B and 8B models, bf16. A row alone has the bits it has"
         f" in the batch: {'in every case' if same else 'NOT in every case'}.\n\n![Roofline](gpu-linear-roofline.svg)\n\n"
-        f"{table(header, body)}\n\n"
+        f"{table(header, body)}\n\n{_fused(newest, table)}"
         f"{table(('op', 'case', 'us', 'against torch', 'share of read'), others)}\n"
     )
+
+
+def _fused(newest: Sequence[Row], table: Table) -> str:
+    """Products that do what follows them in the same launch; nothing where none was measured."""
+    body = [
+        (FUSED[r["op"]], r["case"], r["us"], r["vs_two_ops"], r["vs_torch"], r["of_matmul"], r["of_read"])
+        for r in newest
+        if r["op"] in FUSED
+    ]
+    header = (
+        "product with",
+        "case",
+        "us",
+        "against two launches",
+        "against torch",
+        "share of the matrix rate",
+        "share of read",
+    )
+    return f"{table(header, body)}\n\n" if body else ""
 
 
 def linear_picture(rows: Sequence[Row]) -> str:

@@ -24,15 +24,21 @@ def randn(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 def linear() -> None:
-    from uma_kernels.linear import FP8, gather_rows, pack
+    from uma_kernels.activation import geglu_tanh, swiglu
+    from uma_kernels.linear import FP8, gated_linear, gather_rows, pack
     from uma_kernels.linear import linear as product
 
     for dtype in (BF16, torch.float32):
         for rows, n, k in ((1, 96, 256), (37, 200, 136), (300, 256, 512)):
             weight = pack(randn(n, k, dtype=dtype))
             product(randn(rows, k, dtype=dtype), weight, randn(n, dtype=dtype))
+            product(randn(rows, k, dtype=dtype), weight, out=randn(rows, n, dtype=dtype), add=True)
+            for act in (swiglu, geglu_tanh):
+                gated_linear(randn(rows, k, dtype=dtype), weight, act, randn(n, dtype=dtype))
             gather_rows(weight, torch.randint(n, (rows,)))
-    product(randn(33, 256), pack(randn(128, 256), FP8))
+    eight_bit = pack(randn(128, 256), FP8)
+    product(randn(33, 256), eight_bit)
+    gated_linear(randn(33, 256), eight_bit, swiglu)
 
 
 def lora() -> None:
@@ -86,7 +92,7 @@ def small() -> None:
     from uma_kernels.label_head import label_head, token_logprobs
     from uma_kernels.linear import pack
     from uma_kernels.norm import add_rms_norm, rms_norm
-    from uma_kernels.rope import rope, rotary_table
+    from uma_kernels.rope import norm_rope_write, rope, rotary_table
 
     tokens, width, heads, head_dim = 37, 320, 5, 64
     x, weight = randn(tokens, width), randn(width)
@@ -101,6 +107,8 @@ def small() -> None:
     slots = torch.cat([torch.randperm(64)[: tokens - 1], torch.tensor([-1])]).to(torch.int32)
     kv_cache.write(k, k, cache[0], cache[1], slots)
     kv_cache.gather(cache[0], slots[:5])
+    norm = randn(head_dim), 1e-6
+    norm_rope_write(q, k, k, torch.randint(64, (tokens,)), table, cache[0], cache[1], slots, (norm, norm))
     head = pack(randn(1000, width))
     rows, ids = torch.randint(tokens, (9,)), torch.randint(1000, (2,))
     label_head(x, rows, head, ids)

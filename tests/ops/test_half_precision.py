@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from uma_kernels import dispatch, kv_cache
 from uma_kernels.activation import geglu_tanh, swiglu
 from uma_kernels.check import ShapeError
 from uma_kernels.label_head import label_head, token_logprobs
-from uma_kernels.linear import FP8, gather_rows, linear, pack
+from uma_kernels.linear import FP8, gated_linear, gather_rows, linear, pack
 from uma_kernels.linear.cases import WeightFormat
 from uma_kernels.linear.reference import quantize_fp8
 from uma_kernels.norm import add_rms_norm, rms_norm
@@ -88,6 +90,59 @@ def test_both_modes_multiply(mode: str, backend: str) -> None:
         linear(args[0], pack(args[1], mode=mode), args[2], out, add=True)
         true = F.linear(*(v.double() for v in args)) + before.double()
         assert_reduction(out, F.linear(*args) + before, true, dtype)
+
+
+GATED_SHAPES = [(0, 3, 16), (1, 1, 1), (1, 100, 96), (3, 33, 130), (17, 50, 40), (40, 32, 64), (70, 45, 160)]
+LARGE_GATED_SHAPES = [
+    (1, 3072, 1024),
+    (16, 12288, 512),
+    (64, 3000, 512),
+    (200, 1000, 96),
+    (1024, 3072, 1024),
+    (4100, 1096, 512),
+]
+
+
+@triton_only
+@pytest.mark.parametrize("activation", [swiglu, geglu_tanh])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32, FP8], ids=str)
+@pytest.mark.parametrize(("tokens", "half", "width"), GATED_SHAPES + LARGE_GATED_SHAPES)
+def test_a_gated_product_has_the_bits_of_a_product_and_its_activation(
+    tokens: int, half: int, width: int, dtype: torch.dtype, activation: Callable[..., torch.Tensor], backend: str
+) -> None:
+    """One tile and several, halves that end inside a tile, one row; with a bias and without."""
+    if dispatch.interpreted() and (tokens, half, width) in LARGE_GATED_SHAPES:
+        pytest.skip("too large for the interpreter")
+    if dtype is FP8 and width % 16:
+        width += 16 - width % 16
+    packed = pack(torch.randn(2 * half, width).to(torch.float32 if dtype is FP8 else dtype), dtype)
+    x, bias = torch.randn(tokens, width).to(packed.dtype), torch.randn(2 * half).to(packed.dtype)
+    for b in (None, bias):
+        out = gated_linear(x, packed, activation, b)
+        assert_exact(out, activation(linear(x, packed, b)))
+        if tokens:
+            assert_invariant(gated_linear(x[-1:].clone(), packed, activation, b), out[-1:])
+
+
+@triton_only
+@pytest.mark.skipif(not dispatch.interpreted(), reason="a GPU chooses by itself")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
+@pytest.mark.parametrize(("tokens", "half", "width"), [(70, 45, 160), (40, 96, 48), (3, 33, 16)])
+def test_descriptors_name_the_elements_that_pointers_do(
+    tokens: int, half: int, width: int, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Boxes that end past the rows of x, of the weight, of its gate and of K; two of 4 programs' tiles follow each other."""
+    from uma_kernels.linear import triton_gated, triton_kernel
+
+    packed, x = pack(torch.randn(2 * half, width).bfloat16(), dtype), torch.randn(tokens, width).bfloat16()
+    by_pointers = linear(x, packed), gated_linear(x, packed, swiglu)
+    for module in (triton_kernel, triton_gated):
+        monkeypatch.setattr(module, "device_limits", lambda device: (4, 9))
+    assert isinstance(
+        triton_kernel.operands(x, packed.data, triton_kernel.EMULATED, 64)[1], triton_kernel.TensorDescriptor
+    )
+    assert_exact(linear(x, packed), by_pointers[0])
+    assert_exact(gated_linear(x, packed, swiglu), by_pointers[1])
 
 
 @both

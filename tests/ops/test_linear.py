@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 from tests.conftest import BACKENDS, skip_in_interpreter
 from uma_kernels import dispatch
+from uma_kernels.activation import geglu_tanh, swiglu
 from uma_kernels.check import ShapeError
-from uma_kernels.linear import BlockQuantized, gather_rows, linear, pack
+from uma_kernels.linear import BlockQuantized, gated_linear, gather_rows, linear, pack
 from uma_kernels.linear.cases import CASES, FORMATS, LinearCase, WeightFormat
 from uma_kernels.testing import assert_exact, assert_invariant, assert_reduction, with_sentinels
 
@@ -102,6 +103,36 @@ def test_neighbours_that_overflow_do_not_touch_a_row(backend: str) -> None:
     expected = linear(x, packed)[7].clone()
     x[:7], x[8:] = float("inf"), float("nan")
     assert_invariant(linear(x, packed)[7], expected)
+
+
+@pytest.mark.parametrize("mode", ["audit", "fast"])
+@pytest.mark.parametrize("weight_format", FORMATS, **by_id)
+def test_a_gated_product_is_a_product_and_its_activation(weight_format: WeightFormat, mode: str, backend: str) -> None:
+    packed, x, bias = pack(weight_format.random(66, 64), mode=mode), torch.randn(5, 64), torch.randn(66)
+    for activation in (swiglu, geglu_tanh):
+        for precision in ("exact", "near"):
+            expected = activation(linear(x, packed, bias, precision=precision))
+            with with_sentinels((5, 33)) as out:
+                gated_linear(x, packed, activation, bias, out, precision)
+                assert_exact(out, expected)
+
+
+def test_a_gated_product_refuses_what_does_not_fit(backend: str) -> None:
+    packed, x = pack(torch.randn(6, 7)), torch.zeros(2, 7)
+    for bad_x, weight, bias, out in (
+        (torch.zeros(2, 6), packed, None, None),
+        (x.double(), packed, None, None),
+        (x, pack(torch.randn(5, 7)), None, None),
+        (x, packed, torch.zeros(3), None),
+        (x, packed, None, torch.zeros(2, 6)),
+        (x, packed, None, torch.zeros(2, 5)[:, :3]),
+    ):
+        with pytest.raises(ShapeError):
+            gated_linear(bad_x, weight, swiglu, bias, out)
+    with pytest.raises(ValueError):
+        gated_linear(x, packed, F.silu)
+    with pytest.raises(ValueError):
+        gated_linear(x, packed, swiglu, precision="other")
 
 
 @cpp_only

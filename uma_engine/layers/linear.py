@@ -5,14 +5,14 @@ Knows weights and the names of their places; does not know which layer they serv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 
 from uma_engine.layers.batch_input import Routing
-from uma_kernels.linear import PackedLinear, linear
+from uma_kernels.linear import PackedLinear, gated_linear, linear
 from uma_kernels.lora import DeviceRouting, LoraPool, LoraRouting, LoraSlice, PackedLora, lora, lora_linear, lora_merged
 
 __all__ = ["AdapterPools", "AdapterSites", "Adapters", "Linear", "MergedLinear", "Site", "SiteGroup"]
@@ -131,6 +131,20 @@ class MergedLinear:
         if routing is not None and adapters is not None:
             _update(x, out, self.sites, routing, adapters)
         return out
+
+    def gated(
+        self,
+        x: torch.Tensor,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        routing: Routing | None,
+        adapters: Adapters | None,
+    ) -> torch.Tensor:
+        """activation(self(x)) [T, N / 2], the bits included: one op where one weight on a device serves both halves and no
+        adapter comes between."""
+        plain = routing is None or adapters is None
+        if plain and len(self.weights) == 1 and self.weights[0].backend == "triton":
+            return gated_linear(x, self.weights[0], activation, self.biases[0], precision=self.precision)
+        return activation(self(x, routing, adapters))
 
 
 def _update(x: torch.Tensor, out: torch.Tensor, sites: Sequence[Site], routing: Routing, adapters: Adapters) -> None:

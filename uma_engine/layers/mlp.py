@@ -35,5 +35,5 @@ class GatedMLP:
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """With a `residual` the result is added to it in place, and it is returned."""
-        gated = self.activation(self.gate_up_proj(x, routing, adapters))
+        gated = self.gate_up_proj.gated(x, self.activation, routing, adapters)
         return self.down_proj(gated, routing, adapters, residual)

@@ -16,17 +16,23 @@ BLOCK = 1024
 
 
 @triton.jit
-def gated_kernel(gate_up, out, N, stride_in, stride_out, GELU: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(x) = x * sigmoid(x); gelu by tanh is x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(gate_up + row * stride_in + offs, offs < N, 0.0).to(tl.float32)
-    u = tl.load(gate_up + row * stride_in + N + offs, offs < N, 0.0).to(tl.float32)
+def gated(g, u, GELU: tl.constexpr):
+    """silu(g) * u, or gelu(g) * u, in fp32: silu(x) = x * sigmoid(x); gelu by tanh is
+    x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
     turn = 1.5957691216057308 * (g + 0.044715 * g * g * g) if GELU else g
     # 1 / (1 + e^-turn), with e^ of a number that is not positive: it cannot overflow
     small = tl.exp(-tl.abs(turn))
     share = tl.where(turn >= 0, 1.0, small) / (1.0 + small)
-    tl.store(out + row * stride_out + offs, (g * share * u).to(out.dtype.element_ty), offs < N)
+    return g * share * u
+
+
+@triton.jit
+def gated_kernel(gate_up, out, N, stride_in, stride_out, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    g = tl.load(gate_up + row * stride_in + offs, offs < N, 0.0).to(tl.float32)
+    u = tl.load(gate_up + row * stride_in + N + offs, offs < N, 0.0).to(tl.float32)
+    tl.store(out + row * stride_out + offs, gated(g, u, GELU).to(out.dtype.element_ty), offs < N)
 
 
 def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:

@@ -6,16 +6,29 @@ the same packed weight serves every precision.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from uma_kernels.activation import geglu_tanh, swiglu
 from uma_kernels.check import FLOATS, ShapeError, check, check_indices, out_like
 from uma_kernels.dispatch import choose
 from uma_kernels.linear import cpp, reference
 from uma_kernels.linear.formats import BlockQuantized
 
-__all__ = ["FP8", "LAYOUT", "MODES", "PRECISIONS", "BlockQuantized", "PackedLinear", "gather_rows", "linear", "pack"]
+__all__ = [
+    "FP8",
+    "LAYOUT",
+    "MODES",
+    "PRECISIONS",
+    "BlockQuantized",
+    "PackedLinear",
+    "gated_linear",
+    "gather_rows",
+    "linear",
+    "pack",
+]
 
 PRECISIONS = ("exact", "near", "fast")  # see `linear`
 MODES = ("audit", "fast")  # see `pack`
@@ -148,6 +161,43 @@ def linear(
         (reference.linear_near if precision == "near" else reference.linear_fast)(x, weight.blocks, bias, out)
     else:
         reference.linear(x, weight.data, weight.scales, bias, out)
+    return out
+
+
+def gated_linear(
+    x: torch.Tensor,
+    weight: PackedLinear,
+    activation: Callable[..., torch.Tensor],
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    precision: str = "exact",
+) -> torch.Tensor:
+    """
+    Semantics:  out = activation(linear(x, weight, bias, precision=precision)), where `activation` is `swiglu` or `geglu_tanh` of
+                `uma_kernels.activation`: the rows of `weight` are the gate's, then as many of up's
+    Shapes:     x [T, K] . weight [2 N, K] . bias [2 N] or None . out [T, N], all of `weight.dtype`; `out` must not overlap `x`
+    Numerics:   the bits of the two ops one after the other: gate and up are rounded to the dtype, the rest is fp32. triton in mode
+                `audit`: one launch, without memory for gate and up; elsewhere the two ops
+    Errors:     ShapeError when shapes or dtypes do not fit, ValueError for another activation or precision
+    Source:     SwiGLU and GEGLU (arXiv 2002.05202); the activation as an epilogue of two products that share their rows as in
+                CUTLASS's example 45, dual GEMM (github.com/NVIDIA/cutlass)
+    """
+    rows, width = weight.shape
+    if activation not in (swiglu, geglu_tanh):
+        raise ValueError(f"`activation` is `{activation}` but must be `swiglu` or `geglu_tanh`")
+    if weight.backend != "triton" or weight.mode != "audit":
+        return activation(linear(x, weight, bias, precision=precision), out)
+    check("x", x, (None, width), weight.dtype)
+    if bias is not None:
+        check("bias", bias, (rows,), weight.dtype)
+    if rows % 2:
+        raise ShapeError(f"`weight` has {rows} rows but must hold two halves of one height")
+    if precision not in PRECISIONS:
+        raise ValueError(f"`precision` is `{precision}` but must be one of {', '.join(PRECISIONS)}")
+    out = out_like("out", out, (x.shape[0], rows // 2), x)
+    from uma_kernels.linear import triton_gated
+
+    triton_gated.gated_linear(x, weight.data, weight.scales, bias, out, activation is geglu_tanh)
     return out
 
 

@@ -69,18 +69,40 @@ def plan(tokens: int, rows: int, dtype: torch.dtype, sms: int, capability: int) 
 
 
 @triton.jit
+def place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP tiles of rows at a time, so that neighbours share what the L2 holds."""
+    group = tile // (GROUP * tiles_n)
+    height = min(tiles_m - group * GROUP, GROUP)
+    inside = tile - group * GROUP * tiles_n
+    return group * GROUP + inside % height, inside // height
+
+
+@triton.jit
+def weight_rows(first_n, end_n, BLOCK_N: tl.constexpr, PAIRED: tl.constexpr):
+    """The rows of w that are a tile's columns, and which of them there are. PAIRED: w is two matrices of `end_n` rows one after
+    the other (gate, up), and the tile has BLOCK_N / 2 rows of the first, then the same rows of the second."""
+    n = tl.arange(0, BLOCK_N)
+    if PAIRED:
+        row = first_n + n % (BLOCK_N // 2)
+        return row + n // (BLOCK_N // 2) * end_n, row < end_n
+    else:
+        return first_n + n, first_n + n < end_n
+
+
+@triton.jit
 def products(
     x, w, first_m, first_n, end_m, end_n, K, stride_x, stride_w,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, FLUSH: tl.constexpr, TMA_X: tl.constexpr,
-    TMA_W: tl.constexpr, INTERPRETED: tl.constexpr,
+    TMA_W: tl.constexpr, INTERPRETED: tl.constexpr, PAIRED: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of x from `first_m` times rows of w from `first_n`, [BLOCK_M, BLOCK_N] in fp32; of rows from `end_m` and `end_n` on
     nothing is asked. This is where the bits of every product come from.
 
     INTERPRETED: the interpreter's dot has no 16-bit types, and in its BLAS the place of a row in a tile decides its bits.
+    PAIRED: see `weight_rows`; a descriptor of w is then [2, end_n, K], and a box that ends past the gate's rows holds zeros.
     """
     offs_m = first_m + tl.arange(0, BLOCK_M)
-    offs_n = first_n + tl.arange(0, BLOCK_N)
+    offs_n, in_n = weight_rows(first_n, end_n, BLOCK_N, PAIRED)
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     chain = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)  # of FLUSH steps
     for first_k in range(0, K, BLOCK_K):
@@ -92,10 +114,10 @@ def products(
             from_x = x + offs_m.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
             a = tl.load(from_x, (offs_m[:, None] < end_m) & in_k, 0.0)
         if TMA_W:
-            b = w.load([first_n, first_k])
+            b = w.load([0, first_n, first_k]).reshape(BLOCK_N, BLOCK_K) if PAIRED else w.load([first_n, first_k])
         else:
             from_w = w + offs_n.to(tl.int64)[:, None] * stride_w + offs_k[None, :]
-            b = tl.load(from_w, (offs_n[:, None] < end_n) & in_k, 0.0)
+            b = tl.load(from_w, in_n[:, None] & in_k, 0.0)
         if INTERPRETED:
             sums += tl.sum(a.to(tl.float32)[:, None, :] * b.to(tl.float32)[None, :, :], 2)
         elif FLUSH:
@@ -110,6 +132,18 @@ def products(
     return sums
 
 
+@triton.jit
+def finished(
+    sums, x_scales, w_scales, bias, offs_m, offs_n, in_m, in_n, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """sums * x_scales * w_scales + bias: a tile of the product before it is rounded."""
+    if SCALED:
+        sums *= tl.load(x_scales + offs_m, in_m, 0.0)[:, None] * tl.load(w_scales + offs_n, in_n, 0.0)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias + offs_n, in_n, 0.0).to(tl.float32)[None, :]
+    return sums
+
+
 @triton.jit(do_not_specialize=["T"])
 def matmul_kernel(
     x, w, bias, x_scales, w_scales, out, T, N, K, stride_x, stride_w, stride_out,
@@ -119,28 +153,20 @@ def matmul_kernel(
 ):  # fmt: skip
     """out = (x @ w.T) * x_scales * w_scales + bias, with ADD added to what `out` holds before it is rounded.
 
-    Each program takes every num_programs-th tile, GROUP tiles of rows at a time, so that neighbours share what the L2 holds."""
+    Each program takes every num_programs-th tile."""
     tiles_m, tiles_n = tl.cdiv(T, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=PERSISTENT):
-        group = tile // (GROUP * tiles_n)
-        height = min(tiles_m - group * GROUP, GROUP)
-        inside = tile - group * GROUP * tiles_n
-        first_m = (group * GROUP + inside % height) * BLOCK_M
-        first_n = (inside // height) * BLOCK_N
+        row, column = place(tile, tiles_m, tiles_n, GROUP)
+        first_m, first_n = row * BLOCK_M, column * BLOCK_N
         offs_m = first_m + tl.arange(0, BLOCK_M)
         offs_n = first_n + tl.arange(0, BLOCK_N)
+        in_m, in_n = offs_m < T, offs_n < N
         sums = products(
             x, w, first_m, first_n, T, N, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, FLUSH, TMA_X, TMA_W, INTERPRETED
         )  # fmt: skip
-        in_n = offs_n < N
-        if SCALED:
-            sums *= (
-                tl.load(x_scales + offs_m, offs_m < T, 0.0)[:, None] * tl.load(w_scales + offs_n, in_n, 0.0)[None, :]
-            )
-        if HAS_BIAS:
-            sums += tl.load(bias + offs_n, in_n, 0.0).to(tl.float32)[None, :]
+        sums = finished(sums, x_scales, w_scales, bias, offs_m, offs_n, in_m, in_n, SCALED, HAS_BIAS)
         to = out + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
-        inside_out = (offs_m[:, None] < T) & in_n[None, :]
+        inside_out = in_m[:, None] & in_n[None, :]
         if ADD:
             sums += tl.load(to, inside_out, 0.0).to(tl.float32)
         tl.store(to, sums.to(out.dtype.element_ty), inside_out)
@@ -231,7 +257,9 @@ def linear(
     )  # fmt: skip
 
 
-def operands(x: torch.Tensor, data: torch.Tensor, tile: Tile, depth: int) -> tuple[Any, Any, dict[str, Any]]:
+def operands(
+    x: torch.Tensor, data: torch.Tensor, tile: Tile, depth: int, paired: bool = False
+) -> tuple[Any, Any, dict[str, Any]]:
     """x and w as `products` takes them, and its constants: by descriptors where device, type and addresses allow it."""
     tma = tile.tma and device_limits(x.device)[1] >= 9 and data.dtype is not torch.float32 and fits_tma(data)
     # A box most of whose rows do not exist loads slowly: T = 1 took 28 us where T = 64 took 17 (N 6,144, K 4,096, H200). So x
@@ -239,7 +267,11 @@ def operands(x: torch.Tensor, data: torch.Tensor, tile: Tile, depth: int) -> tup
     rows = x.shape[0] if x.shape[0] >= tile.rows else tile.rows if _rows_in_memory(x) >= tile.rows else 0
     tma_x = tma and rows > 0 and fits_tma(x)
     a: Any = TensorDescriptor(x, [rows, x.shape[1]], list(x.stride()), [tile.rows, depth]) if tma_x else x
-    b = TensorDescriptor.from_tensor(data, [tile.columns, depth]) if tma else data
+    b: Any = data
+    if tma and paired:
+        b = TensorDescriptor.from_tensor(data.unflatten(0, (2, -1)), [2, tile.columns // 2, depth])
+    elif tma:
+        b = TensorDescriptor.from_tensor(data, [tile.columns, depth])
     return a, b, constants(tile, depth, data.dtype is torch.float32, tma_x, tma, interpreted())
 
 

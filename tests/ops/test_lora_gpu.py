@@ -100,8 +100,7 @@ def test_routing_sorts_rows_by_slot_and_cuts_them_into_chunks(backend: str, toke
         routing.build(mapping)
         rows = [t for s in range(slots) for t, slot in enumerate(mapping.tolist()) if slot == s]
         assert routing.order[: len(rows)].tolist() == rows
-        position = {t: i for i, t in enumerate(rows)}
-        assert routing.position[:tokens].tolist() == [position.get(t, -1) for t in range(tokens)]
+        assert routing.slots[:tokens].tolist() == [s if 0 <= s < slots else BASE for s in mapping.tolist()]
         chunks, begin = [], 0
         for slot in range(slots):
             left = int((mapping == slot).sum())
@@ -374,6 +373,37 @@ def test_a_whole_site_matches_fp64(
             by_form(form, x, weight, bias, out, pool, routing, add)
             kept = before if add else torch.zeros_like(before)
             assert_reduction(out, torch_result + kept, true + kept.double(), dtype)
+
+
+@pytest.mark.parametrize("form", [plans.AUGMENTED, plans.DECODE])
+@pytest.mark.parametrize("storage", ["dense", "fp8", "int4"])
+def test_how_many_slots_a_step_takes_changes_no_bit(
+    backend: str, form: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine slots, of which some have no adapter in a slice, one none at all and one no row; ranks of one block, two and three."""
+    from uma_kernels.lora import triton_augmented, triton_site
+
+    k, slices, dtype = 48, (34, 30), torch.bfloat16
+    ranks = [(16, 16), (0, 5), (33, 2), (7, 0), (0, 0), (20, 48), (1, 1), (16, 3), (8, 40)]
+    adapters = [random_factors(k, slices, r, dtype) for r in ranks]
+    pool = make_pool(k, slices, adapters, dtype, storage)
+    mapping = [8, 0, BASE, 3, 5, 5, 1, 2, 4, 6, 8, BASE, 2, 0, 5]
+    x, weight = torch.randn(15, k).to(dtype), pack((torch.randn(64, k) * k**-0.5).to(dtype))
+    found = []
+    for at_once in (1, 2, 4, 8):
+        for module in (triton_augmented, triton_site):
+            monkeypatch.setattr(module, "slots_at_once", lambda columns, capability=9, n=at_once: n)
+        found.append(torch.full((15, 64), float("nan"), dtype=dtype))
+        by_form(form, x, weight, None, found[-1], pool, routed(mapping, pool))
+        assert_exact(found[-1], found[0])
+    stored = (
+        [stored_factors(pool, i, f) if any(f) else f for i, f in enumerate(adapters)]
+        if storage != "dense"
+        else adapters
+    )
+    update = true_update(x, slices, stored, mapping, torch.float64)
+    base = linear(x, weight)
+    assert_reduction(found[0], (base + update.to(dtype)).to(dtype), base.double() + update, dtype)
 
 
 @pytest.mark.parametrize("storage", ["fp8", "int4"])

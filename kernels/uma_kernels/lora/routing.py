@@ -54,7 +54,6 @@ class DeviceRouting:
         blocks = -(-max_num_tokens // SORT_ROWS)
         self.histogram = int32(blocks, _power_of_2(num_slots))
         self.order = int32(max_num_tokens)
-        self.position = int32(max_num_tokens)
         self.slots = int32(max_num_tokens)  # of each row, -1 for the base
         sizes = [min(size, max_num_tokens) for size in (256, 1024, max_num_tokens)]  # the worst of each chunk size
         self.max_chunks = max(_max_chunks(size, num_slots) for size in sizes)
@@ -95,10 +94,10 @@ class DeviceRouting:
                 f"`token_lora_mapping` has {num_tokens} rows on {token_lora_mapping.device} but the routing holds"
                 f" {self.max_num_tokens} on {self.device}"
             )
-        from uma_kernels.lora import triton_kernel
+        from uma_kernels.lora import triton_routing
 
         self.num_tokens = num_tokens
-        triton_kernel.build_routing(self, token_lora_mapping)
+        triton_routing.build_routing(self, token_lora_mapping)
 
 
 def _max_chunks(num_tokens: int, num_slots: int) -> int:

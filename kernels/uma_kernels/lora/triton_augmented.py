@@ -1,10 +1,9 @@
 """A site on a GPU as one product over an augmented K: x W^T, then in the same sums the low-rank update of each tile's adapters.
 
 Knows a weight beside a pool and a routing; does not check shapes. A shrink has written s = x A^T before. A tile of the
-product goes on from K into the rank blocks of those adapters that have rows in it, a block of 16 a step, lowest slot first; rows
-of other adapters hold zeros in s, which add nothing. So a row's sum is one chain over K and then over the blocks of its own
-adapter, whatever else is in its tile and however tall that is, and a row of the base has the bits of the plain product. It is
-rounded once. That needs finite B: 0 * inf is NaN (`pool` sees to it).
+product goes on from K into the rank blocks of those adapters that have rows in it (`triton_update`). So a row's sum is one chain
+over K and then over the blocks of its own adapter, whatever else is in its tile and however tall that is, and a row of the base
+has the bits of the plain product. It is rounded once. That needs finite B: 0 * inf is NaN (`pool` sees to it).
 """
 # mypy: disable-error-code="no-untyped-def"
 
@@ -27,13 +26,16 @@ from uma_kernels.linear.triton_kernel import (
     Tile,
     constants,
     device_limits,
+    finished,
     operand_types,
     operands,
+    place,
     plan,
     products,
     quantize_rows,
 )
-from uma_kernels.lora.triton_kernel import STORED, product, unpacked
+from uma_kernels.lora.triton_kernel import STORED
+from uma_kernels.lora.triton_update import add_updates, begin_updates, slots_at_once
 
 if TYPE_CHECKING:
     from uma_kernels.linear import PackedLinear
@@ -47,22 +49,15 @@ def augmented_kernel(
     s_ptr, s_stride, b_ptr, slots_ptr, table_ptr, columns_ptr, slice_facts_ptr, num_slots, TABLE, COLUMN_TILES, RANK_BLOCKS,
     SLICES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     FLUSH: tl.constexpr, TMA_X: tl.constexpr, TMA_W: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
-    STORED_AS: tl.constexpr,
+    STORED_AS: tl.constexpr, AT_ONCE: tl.constexpr,
     EVEN_N: tl.constexpr, ADD: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out = (x @ w.T) * x_scales * w_scales + s @ B + bias, with ADD added to what `out` holds. Tiles are taken in the order of
     `matmul_kernel`; one lies in one slice, and `columns` lists them."""
-    DTYPE: tl.constexpr = out.dtype.element_ty
-    PER: tl.constexpr = 2 if STORED_AS == 2 else 1
-    NOTHING: tl.constexpr = 0 if STORED_AS == 2 else 0.0
     tiles_m = tl.cdiv(T, BLOCK_M)
-    r = tl.arange(0, 16)
     for tile in tl.range(tl.program_id(0), tiles_m * COLUMN_TILES, tl.num_programs(0)):
-        group = tile // (GROUP * COLUMN_TILES)
-        height = min(tiles_m - group * GROUP, GROUP)
-        inside = tile - group * GROUP * COLUMN_TILES
-        first_m = (group * GROUP + inside % height) * BLOCK_M
-        column_tile = inside // height
+        row_tile, column_tile = place(tile, tiles_m, COLUMN_TILES, GROUP)
+        first_m = row_tile * BLOCK_M
         which = tl.load(columns_ptr + column_tile)
         n0 = tl.load(columns_ptr + COLUMN_TILES + column_tile)
         width = tl.load(slice_facts_ptr + which * 3).to(tl.int32)
@@ -75,8 +70,11 @@ def augmented_kernel(
             b_start = tl.multiple_of(b_start, 16)
         offs_m = first_m + tl.arange(0, BLOCK_M)
         in_m = offs_m < T
-        slots = tl.load(slots_ptr + offs_m, in_m, -1)  # here, so that nobody waits for them after the product
-        slot = tl.min(tl.where(slots < 0, num_slots, slots), 0)
+        slots = tl.load(slots_ptr + offs_m, in_m, -1)
+        of, last, first, end, stored = begin_updates(
+            slots, -1, b_ptr, b_start, table_ptr, which, n0, width, num_slots, TABLE, RANK_BLOCKS, SLICES, AT_ONCE, BLOCK_N,
+            STORED_AS,
+        )  # fmt: skip
         n = n0 + tl.arange(0, BLOCK_N)
         in_n = n < width
         offs_n = start + n
@@ -84,29 +82,17 @@ def augmented_kernel(
             x, w, first_m, start + n0, T, start + width, K, stride_x, stride_w, BLOCK_M, BLOCK_N, BLOCK_K, FLUSH, TMA_X,
             TMA_W, INTERPRETED,
         )  # fmt: skip
-        if SCALED:
-            sums *= tl.load(x_scales + offs_m, in_m, 0.0)[:, None] * tl.load(w_scales + offs_n, in_n, 0.0)[None, :]
-
-        packed = n0 // PER + tl.arange(0, BLOCK_N // PER)
-        b_tile = b_ptr + b_start + r[:, None] * (width // PER) + packed[None, :]
-        in_b = (packed < width // PER)[None, :]
-        s_tile = s_ptr + offs_m.to(tl.int64)[:, None] * s_stride + r[None, :]
-        while slot < num_slots:
-            own = (slots == slot)[:, None]
-            row = table_ptr + slot * TABLE
-            for j in range(tl.load(row + which), tl.load(row + which + 1)):
-                block = tl.load(row + SLICES + 1 + j) - which * RANK_BLOCKS
-                s = tl.load(s_tile + j * 16, own, 0.0)
-                stored = tl.load(b_tile + block.to(tl.int64) * (16 * (width // PER)), in_b, NOTHING)
-                sums = product(s, unpacked(stored, STORED_AS, 16, BLOCK_N, DTYPE), sums, INTERPRETED)
-            slot = tl.min(tl.where(slots <= slot, num_slots, slots), 0)
-        if HAS_BIAS:
-            sums += tl.load(bias + offs_n, in_n, 0.0).to(tl.float32)[None, :]
+        sums = finished(sums, x_scales, w_scales, bias, offs_m, offs_n, in_m, in_n, SCALED, False)
+        sums = add_updates(
+            sums, slots, offs_m, of, last, first, end, stored, s_ptr, s_stride, b_ptr, b_start, table_ptr, which, n0, width,
+            num_slots, TABLE, RANK_BLOCKS, SLICES, AT_ONCE, BLOCK_N, STORED_AS, out.dtype.element_ty, False, INTERPRETED,
+        )  # fmt: skip
+        sums = finished(sums, x_scales, w_scales, bias, offs_m, offs_n, in_m, in_n, False, HAS_BIAS)
         to = out + offs_m.to(tl.int64)[:, None] * stride_out + offs_n[None, :]
         inside_out = in_m[:, None] & in_n[None, :]
         if ADD:
             sums += tl.load(to, inside_out, 0.0).to(tl.float32)
-        tl.store(to, sums.to(DTYPE), inside_out)
+        tl.store(to, sums.to(out.dtype.element_ty), inside_out)
 
 
 def tile_for(tokens: int, x: torch.Tensor, pool: LoraPool, add: bool) -> Tile:
@@ -132,7 +118,7 @@ def augmented(
     x_scales = None
     if scales is not None:
         x, x_scales = quantize_rows(x)
-    sms = device_limits(x.device)[0]
+    sms, capability = device_limits(x.device)
     tile = tile or tile_for(tokens, x, pool, add)
     depth = max(16, tile.depth // data.element_size())
     a, b, how = operands(x, data, tile, depth)
@@ -144,7 +130,8 @@ def augmented(
         routing.shrunk, routing.shrunk.stride(0), pool.b, routing.slots, pool.table, columns, pool.slice_facts,
         pool.num_slots, pool.table.shape[1], columns.shape[1], pool.rank_blocks,
         SLICES=len(pool.slices), GROUP=8, HAS_BIAS=bias is not None, SCALED=scales is not None,
-        STORED_AS=STORED[pool.storage], EVEN_N=all(n % 32 == 0 for n in pool.slices), ADD=add, **how,
+        STORED_AS=STORED[pool.storage], AT_ONCE=slots_at_once(tile.columns, capability),
+        EVEN_N=all(n % 32 == 0 for n in pool.slices), ADD=add, **how,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -165,6 +152,7 @@ def _case(
     signature |= dict.fromkeys(("num_slots", "TABLE", "COLUMN_TILES", "RANK_BLOCKS"), "i32")
     constexprs = constants(tile, depth, dtype == "fp32", tma, tma) | {
         "SLICES": slices, "GROUP": 8, "HAS_BIAS": False, "SCALED": scaled, "STORED_AS": STORED[storage], "EVEN_N": True,
+        "AT_ONCE": slots_at_once(tile.columns, 9 if tma else 8),
         "ADD": add, "bias": None,
     }  # fmt: skip
     constexprs |= {} if scaled else {"x_scales": None, "w_scales": None}

@@ -1,4 +1,4 @@
-"""Low-rank updates of mixed batches on a GPU: the counting sort of rows by slot, and the shrink and expand of a site.
+"""Low-rank updates of mixed batches on a GPU: the shrink and expand of a site.
 
 Knows buffers of a pool and a routing; does not check shapes (the caller does) and never reads the device back.
 
@@ -23,7 +23,8 @@ from uma_kernels.aot import AotCase
 from uma_kernels.dispatch import interpreted
 from uma_kernels.lora.plans import PairPlan, pair_plan
 from uma_kernels.lora.pool import split_size
-from uma_kernels.lora.routing import SORT_ROWS, SPLIT_TILES, chunk_rows
+from uma_kernels.lora.routing import SPLIT_TILES, chunk_rows
+from uma_kernels.lora.triton_update import product, unpacked
 
 if TYPE_CHECKING:
     from uma_kernels.lora.pool import LoraPool
@@ -34,98 +35,32 @@ STORED = {"dense": DENSE, "fp8": FP8, "int4": INT4}
 
 
 @triton.jit
-def histogram_kernel(mapping_ptr, histogram_ptr, num_tokens, num_slots, ROWS: tl.constexpr, SLOTS: tl.constexpr):
-    """Rows of each slot in each block of ROWS rows."""
-    block = tl.program_id(0)
-    rows = block * ROWS + tl.arange(0, ROWS)
-    slot = tl.load(mapping_ptr + rows, mask=rows < num_tokens, other=-1)
-    counted = (slot >= 0) & (slot < num_slots)
-    counts = tl.histogram(tl.where(counted, slot, 0), SLOTS)
-    # A masked row counts for slot 0 above: some Triton versions have no mask there.
-    counts -= tl.where(tl.arange(0, SLOTS) == 0, tl.sum(tl.where(counted, 0, 1)), 0)
-    tl.store(histogram_ptr + block * SLOTS + tl.arange(0, SLOTS), counts)
-
-
-@triton.jit
-def place_kernel(
-    mapping_ptr,
-    histogram_ptr,
-    order_ptr,
-    position_ptr,
-    slots_ptr,
-    chunks_ptr,
-    count_ptr,
-    num_tokens,
-    num_slots,
-    num_blocks,
-    max_chunks,
-    ROWS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    CHUNK_TILE: tl.constexpr,
-):
-    """Stable counting sort: each program places its ROWS rows, and lists its part of the chunks."""
-    block = tl.program_id(0)
-    slots = tl.arange(0, SLOTS)
-    blocks = tl.arange(0, BLOCKS)
-    counts = tl.load(
-        histogram_ptr + blocks[:, None] * SLOTS + slots[None, :], mask=(blocks < num_blocks)[:, None], other=0
-    )
-    total = tl.sum(counts, axis=0)
-    begin = tl.cumsum(total, 0).to(tl.int32) - total  # of the slot's rows in the order
-    mine = begin + tl.sum(tl.where((blocks < block)[:, None], counts, 0), axis=0)
-
-    rows = block * ROWS + tl.arange(0, ROWS)
-    slot = tl.load(mapping_ptr + rows, mask=rows < num_tokens, other=-1)
-    placed = (slot >= 0) & (slot < num_slots)
-    other_rows = block * ROWS + tl.arange(0, ROWS)
-    other = tl.load(mapping_ptr + other_rows, mask=other_rows < num_tokens, other=-1)
-    earlier = tl.sum(((slot[:, None] == other[None, :]) & (other_rows[None, :] < rows[:, None])).to(tl.int32), axis=1)
-    start = tl.sum(tl.where(slot[:, None] == slots[None, :], mine[None, :], 0), axis=1)
-    tl.store(order_ptr + start + earlier, rows, mask=placed)
-    tl.store(position_ptr + rows, tl.where(placed, start + earlier, -1), mask=rows < num_tokens)
-    tl.store(slots_ptr + rows, tl.where(placed, slot, -1), mask=rows < num_tokens)
-
-    chunks = (total + CHUNK - 1) // CHUNK
-    ends = tl.cumsum(chunks, 0).to(tl.int32)
-    num_chunks = tl.sum(chunks)
-    if block == 0:
-        tl.store(count_ptr, num_chunks)
-    for first in range(block * CHUNK_TILE, num_chunks, tl.num_programs(0) * CHUNK_TILE):
-        chunk = first + tl.arange(0, CHUNK_TILE)
-        of = tl.sum((ends[None, :] <= chunk[:, None]).to(tl.int32), axis=1)
-        own = of[:, None] == slots[None, :]
-        nth = chunk - tl.sum(tl.where(own, (ends - chunks)[None, :], 0), axis=1)
-        left = tl.sum(tl.where(own, total[None, :], 0), axis=1) - nth * CHUNK
-        ok = chunk < num_chunks
-        tl.store(chunks_ptr + chunk, of, mask=ok)
-        tl.store(
-            chunks_ptr + max_chunks + chunk, tl.sum(tl.where(own, begin[None, :], 0), axis=1) + nth * CHUNK, mask=ok
-        )
-        tl.store(chunks_ptr + 2 * max_chunks + chunk, tl.minimum(left, CHUNK), mask=ok)
-
-
-@triton.jit
-def unpacked(stored, STORED_AS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):
-    """What a loaded tile [HEIGHT, WIDTH] stands for, before its row's scale; int4 holds two columns a byte."""
-    if STORED_AS == 2:
-        low = (stored & 15).to(tl.int32) - 8
-        high = (stored >> 4).to(tl.int32) - 8
-        return tl.join(low, high).reshape(HEIGHT, WIDTH).to(tl.float32).to(DTYPE)
-    else:
-        return stored.to(DTYPE)
-
-
-@triton.jit
-def product(left, right, total, INTERPRETED: tl.constexpr):
-    """total + left @ right in fp32."""
-    if (
-        INTERPRETED
-    ):  # its `dot` is the library's: wrong for bf16, and an element's order depends on its place in the tile
-        return total + tl.sum(left.to(tl.float32)[:, :, None] * right.to(tl.float32)[None, :, :], axis=1)
-    else:
-        return tl.dot(left, right, total, input_precision="ieee")
+def sum_parts(
+    x_rows, a_rows, row_ok, token_ok, begin, end, K, SPLIT: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    EVEN_K: tl.constexpr, STORED_AS: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """A . x over columns `begin` .. `end` of K [BR, BT]: parts of SPLIT, each summed on its own, added in order."""
+    DTYPE: tl.constexpr = x_rows.dtype.element_ty
+    PER: tl.constexpr = 2 if STORED_AS == 2 else 1
+    NOTHING: tl.constexpr = 0 if STORED_AS == 2 else 0.0
+    total = tl.zeros([BR, BT], tl.float32)
+    acc = tl.zeros([BR, BT], tl.float32)
+    for k in range(begin, end, BK):
+        columns = k + tl.arange(0, BK)
+        packed = k // PER + tl.arange(0, BK // PER)
+        if EVEN_K:
+            a_mask = row_ok[:, None]
+            x_mask = token_ok[:, None]
+        else:
+            a_mask = row_ok[:, None] & (packed < K // PER)[None, :]
+            x_mask = token_ok[:, None] & (columns < K)[None, :]
+        stored = tl.load(a_rows[:, None] + packed[None, :], mask=a_mask, other=NOTHING)
+        x = tl.load(x_rows[:, None] + columns[None, :], mask=x_mask, other=0.0)
+        acc = product(unpacked(stored, STORED_AS, BR, BK, DTYPE), tl.trans(x), acc, INTERPRETED)
+        part_ends = (k + BK) % SPLIT == 0
+        total = tl.where(part_ends, total + acc, total)
+        acc = tl.where(part_ends, 0.0, acc)
+    return total + acc
 
 
 @triton.jit
@@ -165,17 +100,19 @@ def shrink_tiles(
 
     BY_BLOCK: s has 16 columns for each block of the pool rather than for each stacked row of a slot.
     """
+    # Programs share a tile's parts where there are few tiles, each a run of parts so long that all programs have one.
     SPLITS = (K + SPLIT - 1) // SPLIT
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PER: tl.constexpr = 2 if STORED_AS == 2 else 1
-    NOTHING: tl.constexpr = 0 if STORED_AS == 2 else 0.0
     row_tiles = tl.load(row_tiles_ptr)
     num_tiles = tl.load(count_ptr) * row_tiles
-    shared = (num_tiles <= MAX_SPLIT_TILES) & (SPLITS > 1)
-    parts = tl.where(shared, SPLITS, 1)
-    for item in range(first, num_tiles * parts, step):
-        tile = item // parts
-        part = item % parts
+    each = tl.minimum(tl.cdiv(SPLITS * num_tiles, step), SPLITS)  # parts of a run
+    each = tl.where(num_tiles <= MAX_SPLIT_TILES, tl.maximum(each, 1), SPLITS)
+    runs = (SPLITS + each - 1) // each
+    shared = runs > 1
+    for item in range(first, num_tiles * runs, step):
+        tile = item // runs
+        part = item % runs * each
         chunk = tile // row_tiles
         slot = tl.load(chunks_ptr + chunk)
         begin = tl.load(chunks_ptr + max_chunks + chunk)
@@ -192,38 +129,33 @@ def shrink_tiles(
             token = tl.load(order_ptr + begin + t, mask=token_ok, other=0)
             x_rows = token.to(tl.int64) * x_stride
             total = tl.zeros([BR, BT], tl.float32)
-            acc = tl.zeros([BR, BT], tl.float32)
-            k_begin = tl.where(shared, part * SPLIT, 0)
-            k_end = tl.where(shared, tl.minimum(k_begin + SPLIT, K), K)
-            for k in range(k_begin, k_end, BK):
-                columns = k + tl.arange(0, BK)
-                packed = k // PER + tl.arange(0, BK // PER)
-                if EVEN_K:
-                    a_mask = row_ok[:, None]
-                    x_mask = token_ok[:, None]
-                else:
-                    a_mask = row_ok[:, None] & (packed < K // PER)[None, :]
-                    x_mask = token_ok[:, None] & (columns < K)[None, :]
-                stored = tl.load(a_ptr + a_rows[:, None] + packed[None, :], mask=a_mask, other=NOTHING)
-                x = tl.load(x_ptr + x_rows[:, None] + columns[None, :], mask=x_mask, other=0.0)
-                acc = product(unpacked(stored, STORED_AS, BR, BK, DTYPE), tl.trans(x), acc, INTERPRETED)
-                part_ends = (k + BK) % SPLIT == 0
-                total = tl.where(part_ends, total + acc, total)
-                acc = tl.where(part_ends, 0.0, acc)
-            total += acc
+            inside = tl.arange(0, BR)[:, None] * BT + t[None, :]
+            partials = partials_ptr + tile * SPLITS * (BR * BT) + inside
             if shared:
-                inside = tl.arange(0, BR)[:, None] * BT + t[None, :]
-                tl.store(partials_ptr + item * (BR * BT) + inside, total)
+                for p in range(part, tl.minimum(part + each, SPLITS)):
+                    end = tl.minimum(p * SPLIT + SPLIT, K)
+                    one = sum_parts(
+                        x_ptr + x_rows, a_ptr + a_rows, row_ok, token_ok, p * SPLIT, end, K, SPLIT, BR, BT, BK, EVEN_K,
+                        STORED_AS, INTERPRETED,
+                    )  # fmt: skip
+                    tl.store(partials + p * (BR * BT), one)
+            else:
+                total = sum_parts(
+                    x_ptr + x_rows, a_ptr + a_rows, row_ok, token_ok, 0, K, K, SPLIT, BR, BT, BK, EVEN_K, STORED_AS, INTERPRETED
+                )  # fmt: skip
+            if shared:
                 tl.debug_barrier()
                 arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel")
-                finished = arrived == SPLITS - 1
+                finished = arrived == runs - 1
                 if finished:
                     tl.debug_barrier()
                     tl.store(arrivals_ptr + tile, 0)
                     total = tl.zeros([BR, BT], tl.float32)
-                    for i in range(SPLITS):
-                        partial = partials_ptr + (tile * SPLITS + i) * (BR * BT) + inside
-                        total += tl.load(partial, cache_modifier=".cg")
+                    for i in range(0, SPLITS, 2):  # two at a time are on their way
+                        one = tl.load(partials + i * (BR * BT), cache_modifier=".cg")
+                        two = i + 1 < SPLITS
+                        other = tl.load(partials + (i + 1) * (BR * BT), mask=two, other=0.0, cache_modifier=".cg")
+                        total = tl.where(two, total + one + other, total + one)
             if finished:
                 scale = tl.load(row_scale_ptr + block * 16 + rows % 16, mask=row_ok, other=0.0)
                 column = rows
@@ -469,32 +401,6 @@ def pair_kernel(
         leave(ready_ptr, tl.num_programs(0))
 
 
-def build_routing(routing: DeviceRouting, mapping: torch.Tensor) -> None:
-    num_tokens = mapping.shape[0]
-    blocks = max(1, triton.cdiv(num_tokens, SORT_ROWS))
-    slots = routing.histogram.shape[1]
-    histogram_kernel[(blocks,)](mapping, routing.histogram, num_tokens, routing.num_slots, SORT_ROWS, slots)
-    place_kernel[(blocks,)](
-        mapping,
-        routing.histogram,
-        routing.order,
-        routing.position,
-        routing.slots,
-        routing.chunks,
-        routing.count,
-        num_tokens,
-        routing.num_slots,
-        blocks,
-        routing.max_chunks,
-        SORT_ROWS,
-        slots,
-        triton.next_power_of_2(blocks),
-        chunk_rows(num_tokens),
-        64,
-        num_warps=8,
-    )
-
-
 @functools.cache
 def num_programs(device: torch.device, per_multiprocessor: int) -> int:
     """Programs that run at the same time for certain, so that they may wait for each other."""
@@ -635,12 +541,6 @@ def _aot_cases() -> list[AotCase]:
                     only=90 if storage == "fp8" else None,
                 )
             )
-    sort = {"mapping_ptr": "*i32", "histogram_ptr": "*i32", "num_tokens": "i32", "num_slots": "i32"}
-    cases.append(AotCase("lora_histogram", histogram_kernel, sort, {"ROWS": SORT_ROWS, "SLOTS": 64}))
-    sort |= {f"{name}_ptr": "*i32" for name in ("order", "position", "slots", "chunks", "count")}
-    sort |= {"num_blocks": "i32", "max_chunks": "i32"}
-    sizes = {"ROWS": SORT_ROWS, "SLOTS": 64, "BLOCKS": 32, "CHUNK": 64, "CHUNK_TILE": 64}
-    cases.append(AotCase("lora_place", place_kernel, sort, sizes, 8))
     return cases
 
 

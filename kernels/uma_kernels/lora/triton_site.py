@@ -20,18 +20,18 @@ import triton
 import triton.language as tl
 
 from uma_kernels.aot import AotCase
+from uma_kernels.linear.triton_kernel import device_limits
 from uma_kernels.lora.plans import PairPlan, SitePlan, site_plan
 from uma_kernels.lora.pool import RANK_BLOCK, LoraPool
 from uma_kernels.lora.triton_kernel import (
     STORED,
     constants,
     leave,
-    product,
     run_pair,
     shrink_tiles,
-    unpacked,
     wait_for_shrink,
 )
+from uma_kernels.lora.triton_update import add_updates, begin_updates, product, slots_at_once
 
 if TYPE_CHECKING:
     from uma_kernels.lora.routing import DeviceRouting
@@ -55,7 +55,7 @@ def site_kernel(
     columns_ptr,
     slice_facts_ptr,
     order_ptr,
-    position_ptr,
+    slots_ptr,
     chunks_ptr,
     count_ptr,
     max_chunks,
@@ -64,6 +64,7 @@ def site_kernel(
     partials_ptr,
     arrivals_ptr,
     ready_ptr,
+    num_slots,
     K,
     SLICES: tl.constexpr,
     TABLE,
@@ -76,6 +77,7 @@ def site_kernel(
     BK: tl.constexpr,
     EVEN_K: tl.constexpr,
     STORED_AS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     SHRINKERS: tl.constexpr,
     ROWS: tl.constexpr,
     BN: tl.constexpr,
@@ -124,8 +126,6 @@ def site_kernel(
         )
     else:
         DTYPE: tl.constexpr = out_ptr.dtype.element_ty
-        PER: tl.constexpr = 2 if STORED_AS == 2 else 1
-        NOTHING: tl.constexpr = 0 if STORED_AS == 2 else 0.0
         tile = pid - SHRINKERS
         which = tl.load(columns_ptr + tile)
         n0 = tl.load(columns_ptr + COLUMN_TILES + tile)
@@ -141,6 +141,24 @@ def site_kernel(
         n_ok = n < width
         t = tl.arange(0, ROWS)
         t_ok = t < num_tokens
+        slots = tl.load(slots_ptr + t, mask=t_ok, other=-1)
+        of, last, first, end, stored = begin_updates(
+            slots,
+            -1,
+            b_ptr,
+            b_start,
+            table_ptr,
+            which,
+            n0,
+            width,
+            num_slots,
+            TABLE,
+            RANK_BLOCKS,
+            SLICES,
+            AT_ONCE,
+            BN,
+            STORED_AS,
+        )
         acc = tl.zeros([BN, ROWS], tl.float32)
         w_rows = (out_column + n).to(tl.int64) * w_stride
         for k in range(0, K, BASE_K):
@@ -155,27 +173,11 @@ def site_kernel(
             x = tl.load(x_ptr + t[:, None] * x_stride + columns[None, :], mask=x_mask, other=0.0)
             acc = product(w, tl.trans(x), acc, INTERPRETED)
 
-        num_chunks = tl.load(count_ptr)
-        position = tl.load(position_ptr + t, mask=t_ok, other=-1)
-        wait_for_shrink(ready_ptr, num_chunks * tl.load(row_tiles_ptr))
-        r = tl.arange(0, 16)
-        b_tile = b_ptr + b_start + r[:, None] * (width // PER) + (n0 // PER + tl.arange(0, BN // PER))[None, :]
-        b_mask = (n0 // PER + tl.arange(0, BN // PER) < width // PER)[None, :]
-        for chunk in range(num_chunks):
-            slot = tl.load(chunks_ptr + chunk)
-            begin = tl.load(chunks_ptr + max_chunks + chunk)
-            length = tl.load(chunks_ptr + 2 * max_chunks + chunk)
-            own = (position >= begin) & (position < begin + length)
-            for j in range(tl.load(table_ptr + slot * TABLE + which), tl.load(table_ptr + slot * TABLE + which + 1)):
-                block = tl.load(table_ptr + slot * TABLE + SLICES + 1 + j) - which * RANK_BLOCKS
-                stored = tl.load(b_tile + block * (16 * (width // PER)), mask=b_mask, other=NOTHING)
-                s = tl.load(
-                    s_ptr + t[None, :] * s_stride + (j * 16 + r)[:, None],
-                    mask=own[None, :],
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                acc = product(tl.trans(unpacked(stored, STORED_AS, 16, BN, DTYPE)), s, acc, INTERPRETED)
+        wait_for_shrink(ready_ptr, tl.load(count_ptr) * tl.load(row_tiles_ptr))
+        acc = add_updates(
+            acc, slots, t, of, last, first, end, stored, s_ptr, s_stride, b_ptr, b_start, table_ptr, which, n0, width, num_slots,
+            TABLE, RANK_BLOCKS, SLICES, AT_ONCE, BN, STORED_AS, DTYPE, True, INTERPRETED,
+        )  # fmt: skip
         if HAS_BIAS:
             acc += tl.load(bias_ptr + out_column + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
         to = out_ptr + t[None, :].to(tl.int64) * out_stride + (out_column + n)[:, None]
@@ -218,7 +220,7 @@ def site_decode(
         columns,
         pool.slice_facts,
         routing.order,
-        routing.position,
+        routing.slots,
         routing.chunks,
         routing.count,
         routing.max_chunks,
@@ -227,10 +229,12 @@ def site_decode(
         routing.partials,
         routing.arrivals,
         routing.ready,
+        routing.num_slots,
         **shared
         | {
             "COLUMN_TILES": tiles,
             "SHRINKERS": plan.shrinkers,
+            "AT_ONCE": slots_at_once(plan.block_n, device_limits(x.device)[1]),
             "ROWS": max(16, triton.next_power_of_2(x.shape[0])),
             "BN": plan.block_n,
             "BASE_K": plan.base_k,
@@ -279,7 +283,7 @@ class AugmentedWeight:
 
 
 def _aot_cases() -> list[AotCase]:
-    i32 = ["table", "row_tiles", "columns", "order", "position", "chunks", "count", "arrivals", "ready"]
+    i32 = ["table", "row_tiles", "columns", "order", "slots", "chunks", "count", "arrivals", "ready"]
     signature = {f"{name}_ptr": "*i32" for name in i32}
     signature |= {f"{name}_ptr": "*bf16" for name in ("x", "w", "out", "a", "b", "s")}
     signature |= {"slice_facts_ptr": "*i64", "row_scale_ptr": "*fp32", "partials_ptr": "*fp32"}
@@ -291,6 +295,7 @@ def _aot_cases() -> list[AotCase]:
         "RANK_BLOCKS": "i32",
         "max_chunks": "i32",
         "num_tokens": "i32",
+        "num_slots": "i32",
     }
     cases = []
     for rows, slices, width in ((16, 3, 6144), (16, 2, 28672), (16, 1, 4096), (64, 3, 6144), (64, 2, 28672)):
@@ -316,8 +321,12 @@ def _aot_cases() -> list[AotCase]:
             "bias_ptr": None,
             "INTERPRETED": False,
         }
-        name = f"lora_site-bf16-T{rows}-slices{slices}"
-        cases.append(AotCase(name, site_kernel, signature, constexprs, plan.num_warps, plan.num_stages))
+        for arch in (80, 90):
+            name = f"lora_site-bf16-T{rows}-slices{slices}-sm{arch}"
+            at_once = {"AT_ONCE": slots_at_once(plan.block_n, arch // 10)}
+            cases.append(
+                AotCase(name, site_kernel, signature, constexprs | at_once, plan.num_warps, plan.num_stages, only=arch)
+            )
     return cases
 
 

@@ -19,6 +19,7 @@ ALL = [*BACKENDS, "numba"] if dispatch.numba_error() is None else BACKENDS
 every_backend = pytest.mark.parametrize("backend", ALL, indirect=True)
 # torch's own products depend on the batch
 invariant_backend = pytest.mark.parametrize("backend", [b for b in ALL if b != "reference"], indirect=True)
+triton_alone = pytest.mark.parametrize("backend", [b for b in ALL if b == "triton"], indirect=True)
 ON_CPU = ("fp32", "fp16", "int8")
 
 
@@ -34,15 +35,15 @@ def skip_unless_fit(backend: str, case: TopkCase) -> None:
 
 def bound(queries: torch.Tensor, corpus: Corpus, true: torch.Tensor) -> float:
     """Largest error of a score, by the class of the arithmetic: REDUCTION; NEAR where queries are rounded to 16 bits; on a
-    GPU, queries are rounded to the type that is multiplied."""
+    GPU, queries are rounded to the type that is multiplied, for fp8 rows to fp16."""
     if true.numel() == 0:
         return 0.0
     name = dispatch.choose("topk", corpus.device.type)
     largest = float((queries.double().abs() @ corpus.rows().double().abs().T).max())
-    if name == "triton" and corpus.format != "fp32":
-        return FLOOR[torch.float16 if corpus.format == "fp16" else torch.bfloat16] * largest
-    if name == "cpp" and corpus.format == "int8":
+    if name in ("cpp", "triton") and corpus.format == "int8":
         return NEAR * largest
+    if name == "triton" and corpus.format != "fp32":
+        return FLOOR[torch.bfloat16 if corpus.format == "bf16" else torch.float16] * largest
     return max(reduction_bound(queries @ corpus.rows().T, true), FLOOR[torch.float32] * largest)
 
 
@@ -104,8 +105,10 @@ def test_equal_scores_come_by_index(order: str, format: str, backend: str) -> No
 
 
 @invariant_backend
-@pytest.mark.parametrize("format", ON_CPU)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_query_has_the_same_bits_in_every_batch(format: str, backend: str) -> None:
+    if backend != "triton" and format not in ON_CPU:
+        pytest.skip("torch's own products on the CPU")
     small = backend == "triton" and dispatch.interpreted()
     count, rows = (18, 150) if small else (130, 1111)
     queries, corpus = torch.randn(count, 72), pack_corpus(torch.randn(rows, 72), format)
@@ -137,17 +140,82 @@ def test_the_result_does_not_depend_on_threads(backend: str) -> None:
         assert_exact(indices, results[0][1])
 
 
-@pytest.mark.parametrize("backend", [b for b in ALL if b == "triton"], indirect=True)
+@triton_alone
 @pytest.mark.parametrize("share", [None, 0.3])
-def test_more_levels_and_entries_than_registers_hold(
-    share: float | None, backend: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("counted", [True, False])
+def test_more_levels_and_entries_than_a_program_holds(
+    counted: bool, share: float | None, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from uma_kernels.topk import triton_kernel
+    from uma_kernels.topk import triton_select
 
-    monkeypatch.setattr(triton_kernel, "TOP", 2)
-    monkeypatch.setattr(triton_kernel, "CHUNK", 64)
-    monkeypatch.setattr(triton_kernel, "SCAN", 64)
+    for name in ("TOP", "TOP_COUNTED"):
+        monkeypatch.setattr(triton_select, name, 2)
+    for name in ("CHUNK", "SCAN", "OTHERS"):
+        monkeypatch.setattr(triton_select, name, 64)
+    if not counted:
+        monkeypatch.setattr(triton_select, "COUNTED", 0)
     check_case(TopkCase(2, 700, 16, 20), "fp32", share)
+
+
+@triton_alone
+def test_both_ways_to_select_find_the_same_rows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small integers: most scores occur often, and groups with equal maxima lie far apart."""
+    from uma_kernels.topk import triton_select
+
+    rows, queries = torch.randint(-2, 3, (400, 3)).float(), torch.randint(-2, 3, (3, 3)).float()
+    corpus = pack_corpus(rows)
+    words = pack_filter(torch.rand(400) < 0.1)
+    for k, filter in ((1, None), (37, None), (37, words), (50, words)):
+        by_count = topk(queries, corpus, k, filter)
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_select, "COUNTED", 0)
+            by_bits = topk(queries, corpus, k, filter)
+        assert_exact(by_count[0], by_bits[0])
+        assert_exact(by_count[1], by_bits[1])
+
+
+@triton_alone
+def test_each_byte_of_fp8_counts_as_its_value(backend: str) -> None:
+    """Every value in every place of a word, subnormal ones too: a query of one 1 finds it as it is."""
+    data = ((7 * torch.arange(256)[:, None] + 13 * torch.arange(64)[None, :]) % 256).to(torch.uint8)
+    data[data & 127 == 127] = 0  # NaN
+    corpus = Corpus("fp8", 64, 256, data.view(torch.float8_e4m3fn), torch.ones(256))
+    queries = torch.eye(64)[[0, 1, 2, 3, 4, 62]]
+    scores, indices = topk(queries, corpus, 256)
+    expected = (queries @ corpus.rows().T).sort(dim=1, descending=True, stable=True)
+    assert_exact(scores, expected.values)
+    assert_exact(indices, expected.indices)
+
+
+@triton_alone
+@pytest.mark.parametrize("largest", [3e38, 32768.0, 32700.0, 1.0, 1e-30, 1e-36, 1e-42, 0.0])
+def test_parts_of_a_query_add_up(largest: float, backend: str) -> None:
+    from uma_kernels.topk.triton_bytes import prepare
+
+    queries = torch.rand(2, 100) * 2 - 1
+    queries[:, 50] = 1.0
+    queries = (queries.double() * largest).float()
+    parts, scales = prepare(queries, 128, int8=True)
+    assert_exact(torch.frexp(scales)[0], torch.full((2,), 0.5))
+    whole = parts.double()[:, 0] * 256 + parts.double()[:, 1]
+    assert_exact(whole[:, 100:], torch.zeros(2, 28, dtype=torch.float64))
+    step = torch.tensor(max(1.004 * largest / 2**14, 2.0**-126))  # the least scale is the least normal number
+    assert bool((scales <= step).all())
+    assert bool(((whole[:, :100] * scales.double()[:, None] - queries).abs() <= 0.5 * scales.double()[:, None]).all())
+    parts, again = prepare(queries, 128, int8=False)
+    assert_exact(again, scales)
+    in_order = parts.transpose(1, 2).reshape(2, 128)[:, :100]
+    assert_exact(in_order, (queries / scales[:, None]).half())
+
+
+@triton_alone
+def test_int8_rows_too_wide_for_exact_sums_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from uma_kernels.topk import triton_bytes
+
+    monkeypatch.setattr(triton_bytes, "MOST_WIDE", 64)
+    topk(torch.randn(1, 64), pack_corpus(torch.randn(3, 64), "int8"), 1)
+    with pytest.raises(ShapeError, match="128 columns"):
+        topk(torch.randn(1, 65), pack_corpus(torch.randn(3, 65), "int8"), 1)
 
 
 @every_backend

@@ -62,6 +62,7 @@ QUICK = (
     "topk/descend-800",
     "topk/order",
     "topk/maxsim-bf16-128",
+    "topk/prepare-int8",
 )
 
 pytestmark = [

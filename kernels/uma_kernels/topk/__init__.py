@@ -30,11 +30,12 @@ def topk(
                 A corpus with `originals` is scanned for the `survivors(k)` best rows, which are then scored by those
     Shapes:     queries [Q, D] fp32 . corpus [N, D] . filter [ceil(N / 32)] int32 . scores [Q, k] fp32 . indices [Q, k] int64
     Numerics:   sums in fp32. A query's result does not depend on other queries, nor on threads (reference: but for rounding).
-                cpp: int8 rows by queries of up to 16 bits, exact integer sums. triton: queries are rounded to the corpus'
-                type for bf16 and fp16, to bf16 for int8 and fp8; fp32 products in three TF32 ones.
+                int8 rows (cpp, triton): by queries of up to 16 bits, exact integer sums. triton: queries are rounded to the
+                corpus' type for bf16 and fp16, to fp16 for fp8; fp32 products in three TF32 ones.
                 A score that overflows to NaN or -inf is never among the best
-    Errors:     ShapeError when shapes, dtypes or devices do not fit, or k is not in 1 .. 4096 . ValueError when a query is
-                not finite (on a GPU: where values are `readable`; else its result is undefined)
+    Errors:     ShapeError when shapes, dtypes or devices do not fit, k is not in 1 .. 4096, or int8 rows are wider than
+                131,071 (triton) . ValueError when a query is not finite (on a GPU: where values are `readable`; else its
+                result is undefined)
     Source:     selection by group maxima (triton): a group of rows is scored again only if its largest score is among the
                 k largest of all groups
     """

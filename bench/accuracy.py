@@ -2,10 +2,12 @@
 
     python -m bench.accuracy [--model smollm2-135m] [--precisions near,fast] [--adapter DIR]
     python -m bench.accuracy --precisions "" --peer llama_cpp:file
+    python -m bench.accuracy --precisions "" --formats bfloat16,fp8 --jobs 4
 
 Jobs are 21 real postings (bench/data), candidates the 48 people of examples/. `exact` computes fp32 activations on the same
 weights; a margin is the logit of the first label less that of the second. Perplexity is over the postings' tokens. A peer is given the
-same token ids, and held against the same `exact`.
+same token ids, and held against the same `exact`. `--formats`: what a GPU rounds, computed by the ops' references on the CPU: the
+device's runner with weights, activations and KV cache in bf16, and with the blocks' products in e4m3.
 """
 
 from __future__ import annotations
@@ -45,6 +47,60 @@ def margins(
             print(f"\r{precision}: job {number}/{len(jobs)}", end="", flush=True)
         print()
         return torch.tensor(rows, dtype=torch.float64)
+
+
+def format_margins(format: str, model: str, jobs: Sequence[str], people: Sequence[Candidate]) -> torch.Tensor:
+    """[jobs, candidates] fp64, as `margins`, of the device's runner over the references, in bf16 (`bfloat16`) or with e4m3 products
+    (`fp8`)."""
+    from uma_engine.catalog import open_model, resolve
+    from uma_engine.catalog.chat_template import ChatTemplate
+    from uma_engine.config import EngineConfig
+    from uma_engine.core import Request, RequestKind, Segment
+    from uma_engine.kv_cache import BlockPool
+    from uma_engine.models import load_model
+    from uma_engine.models.weights import Placement
+    from uma_engine.ranking.surface import DEFAULT_PROBE, question_of
+    from uma_engine.runner import DeviceRunner
+    from uma_engine.scheduler import Scheduler, ScoreReady
+    from uma_engine.tasks.base import DEFAULT_LABELS
+    from uma_engine.tasks.rank import DEFAULT_INSTRUCTION, RankPrompt, label_ids
+    from uma_kernels import dispatch
+
+    files, cpu, blocks, longest = open_model(resolve(model)), torch.device("cpu"), 512, 4096
+    encode = files.tokenizer.encode
+    question = question_of(DEFAULT_PROBE, DEFAULT_LABELS)
+    prompt = RankPrompt.build(files.tokenizer, ChatTemplate(files.chat_template, files.tokenizer), question)
+    labels = tuple(label_ids(files.tokenizer, DEFAULT_LABELS))
+    config = EngineConfig(max_loras=0, enforce_eager=True, max_num_batched_tokens=2048)
+    rows = []
+    with dispatch.use_backend("reference"):
+        placement = Placement(cpu, torch.bfloat16, fp8=format == "fp8")
+        with torch.inference_mode():
+            loaded = load_model(files, max_positions=longest, placement=placement)
+        runner = DeviceRunner(loaded, config, longest)
+        runner.allocate(blocks)
+        for number, job in enumerate(jobs, 1):
+            scheduler = Scheduler(config, BlockPool(blocks, config.block_size), longest)
+            above = (
+                prompt.head
+                + encode(DEFAULT_INSTRUCTION)
+                + prompt.after_instruction
+                + encode(job.strip())
+                + prompt.after_job
+            )
+            leaves = [encode(person.text.strip()) + prompt.after_candidate for person in people]
+            segments = [Segment(above), *(Segment(leaf, parent=0, scored=True) for leaf in leaves)]
+            scheduler.add_request(Request("job", RequestKind.SCORE, segments, label_token_ids=labels))
+            found: dict[int, float] = {}
+            while scheduler.has_unfinished():
+                output = scheduler.schedule()
+                for event in scheduler.update(output, runner.run(output)):
+                    if isinstance(event, ScoreReady):
+                        found[event.segment_index] = event.logits[0] - event.logits[1]
+            rows.append([found[i] for i in sorted(found)])
+            print(f"\r{format}: job {number}/{len(jobs)}", end="", flush=True)
+        print()
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def peer_margins(name: str, model: str, threads: int, jobs: Sequence[str], people: Sequence[Candidate]) -> torch.Tensor:
@@ -126,6 +182,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="near,fast")
     parser.add_argument("--adapter", help="a PEFT directory to rank with")
     parser.add_argument("--peer", help="PEER:VARIANT of bench.peers; `uma:exact` must differ by 0")
+    parser.add_argument("--formats", default="", help="bfloat16, fp8 or both: what a GPU rounds")
     parser.add_argument("--jobs", type=int, default=21)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--no-save", action="store_true")
@@ -146,6 +203,9 @@ def main() -> None:
 
         (label,) = {c.label for c in CONTESTS if f"{c.peer}:{c.variant}" == args.peer} or {args.peer}
         keep(label, compare(exact, peer_margins(args.peer, args.model, args.threads, jobs, people)))
+    for name in filter(None, args.formats.split(",")):
+        with_names = {"bfloat16": "bfloat16 (GPU)", "fp8": "fp8 (GPU)"}
+        keep(with_names[name], compare(exact, format_margins(name, args.model, jobs, people)))
     precisions = [p for p in args.precisions.split(",") if p]
     exact_perplexity = perplexity(args.model, "exact", args.threads, jobs) if precisions else math.nan
     for precision in precisions:

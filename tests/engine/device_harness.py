@@ -34,7 +34,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@dataclass
+@dataclass(eq=False)
 class Machine:
     """A scheduler over a runner, driven by hand."""
 
@@ -102,12 +102,12 @@ class Machine:
         return torch.tensor([self.scores[request.request_id][i] for i in sorted(self.scores[request.request_id])])
 
 
-def make(path: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Machine:
+def make(path: Path, dtype: torch.dtype = torch.float32, fp8: bool = False, **options: Any) -> Machine:
     """The device's runner, on whatever device there is."""
     config = EngineConfig(**(OPTIONS | options))
     files = open_model(path)
     with torch.inference_mode():
-        model = load_model(files, max_positions=MAX_LEN, placement=Placement(DEVICE, dtype))
+        model = load_model(files, max_positions=MAX_LEN, placement=Placement(DEVICE, dtype, fp8=fp8))
     runner = DeviceRunner(model, config, MAX_LEN)
     runner.allocate(NUM_BLOCKS)
     registry = AdapterRegistry(config.max_loras, config.max_lora_rank, model.sites(), runner.adapters)

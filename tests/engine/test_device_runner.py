@@ -149,6 +149,30 @@ def test_adapters_are_kept_as_asked_for(model_dir: Path, adapters: list[Path]) -
     assert [sizes[0] // size for size in sizes] == [1, 2, 4]
 
 
+def test_8_bit_products_are_near_and_take_adapters(model_dir: Path, adapters: list[Path]) -> None:
+    """As near as torch's 8-bit products, half the memory of the blocks, embeddings in full; with adapters, alone and in company."""
+    machine, plain = make(model_dir, torch.bfloat16, fp8=True), make(model_dir, torch.bfloat16)
+    with dispatch.use_backend("reference"):
+        by_torch = make(model_dir, torch.bfloat16, fp8=True, max_loras=0, enforce_eager=True)
+        expected = by_torch.rank()
+        by_torch.run()
+    ref = load(machine, "alpha", adapters[0])
+    requests = [machine.rank(), machine.rank(ref, seed=1), plain.rank()]
+    machine.run()
+    plain.run()
+    ours, in_full = machine.scores_of(requests[0]), plain.scores_of(requests[2])
+    error, torch_error = ((scores - in_full).abs().max() for scores in (ours, by_torch.scores_of(expected)))
+    assert 0 < error <= 1.5 * torch_error
+    assert torch_error < 0.3 * in_full.abs().max()  # random weights of 64 columns: real ones are in docs/gpu.md
+    assert not torch.equal(machine.scores_of(requests[1]), plain.scores_of(requests[2]))
+    alone = machine.rank(ref, seed=1)
+    machine.run()
+    assert torch.equal(machine.scores_of(alone), machine.scores_of(requests[1]))
+    blocks = {m: m.runner._model.num_bytes - m.runner._model.embedding.weight.nbytes for m in (machine, plain)}
+    assert machine.runner._model.embedding.weight.data.dtype is torch.bfloat16
+    assert blocks[machine] < 0.75 * blocks[plain]
+
+
 def test_running_out_of_memory_ends_a_step_and_not_the_engine(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = make(model_dir, max_loras=0, enforce_eager=True)  # a replayed graph takes no memory
     model = machine.runner._model

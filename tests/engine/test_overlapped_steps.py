@@ -212,6 +212,9 @@ def test_options_of_a_device_are_checked() -> None:
         ({"dtype": "bfloat16"}, "dtype"),
         ({"mode": "slow"}, "mode"),
         ({"lora_storage": "int8"}, "lora_storage"),
+        ({"quantization": "int8"}, "quantization"),
+        ({"quantization": "fp8"}, "quantization"),  # on the CPU
+        ({"quantization": "fp8", "device": "cuda", "dtype": "float16"}, "quantization"),
         ({"lora_storage": "int4"}, "lora_storage"),  # the CPU has float32 alone
         ({"gpu_memory_utilization": 0}, "gpu_memory_utilization"),
         ({"gpu_memory_utilization": True}, "gpu_memory_utilization"),
@@ -220,4 +223,5 @@ def test_options_of_a_device_are_checked() -> None:
         with pytest.raises(InvalidRequest, match=word):
             EngineConfig(**options)
     assert EngineConfig(device="cuda").compute_dtype == "bfloat16"
+    assert EngineConfig(device="cuda", quantization="fp8").quantization == "fp8"
     assert EngineConfig().compute_dtype == "float32"

@@ -99,7 +99,7 @@ def open_engine(
     if args.precision is not None:
         options["precision"] = args.precision
     _check_threads(args.threads)
-    options |= {"device": args.device, "dtype": args.dtype}
+    options |= {"device": args.device, "dtype": args.dtype, "quantization": args.quantization}
     adapters = adapters or {}
     num_adapters = len(adapters) + bool(args.adapter)
     if args.device != "cpu":

@@ -21,7 +21,7 @@ from uma_engine.cli.index import add_commands as add_index_commands
 from uma_engine.cli.learn import add_command as add_learn_command
 from uma_engine.cli.record import add_commands as add_record_commands
 from uma_engine.cli.serve_options import add_command as add_serve_command
-from uma_engine.config import DEVICES, DTYPES, LOG_CONTENTS, PRECISIONS
+from uma_engine.config import DEVICES, DTYPES, LOG_CONTENTS, PRECISIONS, QUANTIZATIONS
 from uma_engine.errors import UmaError
 
 __all__ = ["main"]
@@ -309,6 +309,11 @@ def _model_options(parser: argparse.ArgumentParser, recorded: bool = False) -> N
         choices=DTYPES,
         default="auto",
         help="type of weights and activations on a GPU (default: bfloat16)",
+    )
+    parser.add_argument(
+        "--quantization",
+        choices=[name for name in QUANTIZATIONS if name],
+        help="fp8: 8-bit floating-point products on a GPU, faster and a little off (default: none)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="threads to compute with (default: all CPUs of this process)"

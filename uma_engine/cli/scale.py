@@ -60,7 +60,12 @@ def _spec(args: argparse.Namespace, settings: Any, spec: Any) -> Any:
         raise InvalidRequest(
             f"`--replicas` is `{args.replicas}`", hint="write N, or LEAST:MOST", param="replicas"
         ) from None
-    options: dict[str, Any] = {"precision": args.precision, "device": args.device, "dtype": args.dtype}
+    options: dict[str, Any] = {
+        "precision": args.precision,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+    }
     options |= {name: value for name, value in (("num_threads", args.threads), ("max_loras", args.max_loras)) if value}
     if args.kv_cache_mb is not None:
         options["kv_cache_bytes"] = args.kv_cache_mb * 2**20

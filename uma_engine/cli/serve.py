@@ -134,7 +134,12 @@ async def application(args: argparse.Namespace, settings: Any) -> AsyncIterator[
     from uma_engine.serve.preparing import Opener
     from uma_engine.tasks.api import AsyncEngine
 
-    options: dict[str, Any] = {"precision": args.precision, "device": args.device, "dtype": args.dtype}
+    options: dict[str, Any] = {
+        "precision": args.precision,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+    }
     if args.threads is not None:
         options["num_threads"] = args.threads
     if args.log:

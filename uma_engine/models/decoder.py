@@ -54,7 +54,8 @@ class DecoderModel:
         self._groups: list[SiteGroup] = []
         c = config
         scale = c.hidden_size**0.5 if self.scaled_embedding else None
-        self.embedding = Embedding(weights.linear("model.embed_tokens.weight", (c.vocab_size, c.hidden_size)), scale)
+        embeddings = weights.linear("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), of_block=False)
+        self.embedding = Embedding(embeddings, scale)
         tables = self._rotary_tables()
         self.blocks = [
             self._block(weights, layer, tables[c.window_of(layer) is not None]) for layer in range(c.num_layers)
@@ -62,7 +63,7 @@ class DecoderModel:
         self.norm = RMSNorm(weights.vector("model.norm.weight", c.hidden_size), c.rms_norm_eps)
         self.head: PackedLinear = self.embedding.weight
         if not c.tie_word_embeddings:
-            self.head = weights.linear("lm_head.weight", (c.vocab_size, c.hidden_size))
+            self.head = weights.linear("lm_head.weight", (c.vocab_size, c.hidden_size), of_block=False)
         weights.finish()
         self.num_bytes = weights.num_bytes + sum({id(t): t.nbytes for t in tables}.values())
         self.flops_per_token = 2 * sum(width_in * width_out for width_in, width_out in self._sites.values())

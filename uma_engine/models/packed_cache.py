@@ -123,7 +123,7 @@ class PackedReader:
         self._data = torch.from_numpy(data)
         self.num_bytes = 0
 
-    def linear(self, name: str, shape: tuple[int, int]) -> PackedLinear:
+    def linear(self, name: str, shape: tuple[int, int], *, of_block: bool = True) -> PackedLinear:
         return self.linears([(name, shape)])[0]
 
     def linears(self, matrices: Sequence[tuple[str, tuple[int, int]]]) -> list[PackedLinear]:

@@ -13,7 +13,7 @@ import torch
 
 from uma_engine.config import ModelConfig
 from uma_engine.errors import CorruptFile, UnsupportedModel
-from uma_kernels.linear import PackedLinear, pack
+from uma_kernels.linear import FP8, PackedLinear, pack
 from uma_kernels.linear.formats import BlockQuantized
 
 __all__ = ["Placement", "Progress", "Reader", "WeightReader", "WeightSource"]
@@ -36,12 +36,14 @@ class Placement:
     """Where weights go, as what, and how products with them are computed (`mode` of `uma_kernels.linear.pack`).
 
     On the CPU weights stay as they are: quantised ones quantised, dense ones fp32. On a device, and with another dtype,
-    each becomes dense in `dtype`, rounded once from fp32.
+    each becomes dense in `dtype`, rounded once from fp32. `fp8`: the blocks' matrices become e4m3 in its place, unless their rows
+    do not fill 16 bytes; embeddings and logits keep `dtype`, which must be bf16.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     mode: str = "audit"
+    fp8: bool = False
 
     @property
     def keeps_format(self) -> bool:
@@ -62,7 +64,7 @@ class Reader(Protocol):
 
     @property
     def placement(self) -> Placement: ...
-    def linear(self, name: str, shape: tuple[int, int]) -> PackedLinear: ...
+    def linear(self, name: str, shape: tuple[int, int], *, of_block: bool = True) -> PackedLinear: ...
     def linears(self, matrices: Sequence[tuple[str, tuple[int, int]]]) -> list[PackedLinear]: ...
     def vector(self, name: str, size: int) -> torch.Tensor: ...
     def finish(self) -> None: ...
@@ -89,22 +91,26 @@ class WeightReader:
         self._recorder = recorder
         self.num_bytes = 0
 
-    def linear(self, name: str, shape: tuple[int, int]) -> PackedLinear:
-        """A matrix [N, K], packed for the back end in force."""
-        return self.linears([(name, shape)])[0]
+    def linear(self, name: str, shape: tuple[int, int], *, of_block: bool = True) -> PackedLinear:
+        """A matrix [N, K], packed for the back end in force. `of_block`: not an embedding or the logits' weight."""
+        return self._linears([(name, shape)], self.placement.fp8 and of_block)[0]
 
     def linears(self, matrices: Sequence[tuple[str, tuple[int, int]]]) -> list[PackedLinear]:
         """Matrices of one K, their rows one after the other: neighbours that share a format are packed as one."""
+        return self._linears(matrices, self.placement.fp8)
+
+    def _linears(self, matrices: Sequence[tuple[str, tuple[int, int]]], fp8: bool) -> list[PackedLinear]:
+        dtype = FP8 if fp8 and matrices[0][1][1] % 16 == 0 else None
         packed: list[PackedLinear] = []
         run: list[torch.Tensor | BlockQuantized] = []
         for name, shape in matrices:
-            value = self._placed(self._take(name, shape))
+            value = self._placed(self._take(name, shape), dtype)
             if run and _format_of(run[-1]) != _format_of(value):
-                packed.append(self._pack(_concatenate(run)))
+                packed.append(self._pack(_concatenate(run), dtype))
                 run = []
             run.append(value)
             self._report()
-        packed.append(self._pack(_concatenate(run)))
+        packed.append(self._pack(_concatenate(run), dtype))
         self.num_bytes += sum(weight.nbytes for weight in packed)
         if self._recorder is not None:
             self._recorder.matrices(matrices[0][0], packed)
@@ -130,14 +136,15 @@ class WeightReader:
                 hint="leaving a weight out would change the model's answers: it is refused instead",
             )
 
-    def _placed(self, value: torch.Tensor | BlockQuantized) -> torch.Tensor | BlockQuantized:
+    def _placed(self, value: torch.Tensor | BlockQuantized, dtype: torch.dtype | None) -> torch.Tensor | BlockQuantized:
+        """On its device; `dtype`: what it will be packed as, None: what it is."""
         if self.placement.keeps_format:
             return value
         dense = value if isinstance(value, torch.Tensor) else value.dequantize()
-        return dense.to(self.placement.device, self.placement.dtype)
+        return dense.to(self.placement.device, self.placement.dtype if dtype is None else torch.float32)
 
-    def _pack(self, value: torch.Tensor | BlockQuantized) -> PackedLinear:
-        return pack(value, mode=self.placement.mode)
+    def _pack(self, value: torch.Tensor | BlockQuantized, dtype: torch.dtype | None) -> PackedLinear:
+        return pack(value, dtype, mode=self.placement.mode)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | BlockQuantized:
         if name not in self._left:

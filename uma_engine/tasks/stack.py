@@ -83,6 +83,8 @@ class Stack:
         self.flops_per_token = self.model.flops_per_token
         self._unbacked_tokens = self.tokenizer.vocab_size > self.model_config.vocab_size
         self.backend = dispatch.description() if config.device == "cpu" else dispatch.choose("linear", config.device)
+        if config.quantization is not None:
+            self.backend += f"-{config.quantization}"
         self.runner: ModelRunner | DeviceRunner
         if config.device == "cpu":
             assert num_blocks is not None
@@ -206,4 +208,11 @@ def _placement(config: EngineConfig) -> Placement:
     device = (
         torch.device(config.device, torch.cuda.current_device()) if config.device == "cuda" else torch.device("cpu")
     )
-    return Placement(device, getattr(torch, config.compute_dtype), config.mode)
+    fp8 = config.quantization == "fp8"
+    if fp8 and torch.cuda.get_device_capability(device) < (8, 9):
+        raise InvalidRequest(
+            f"`quantization` is `fp8` but {torch.cuda.get_device_name(device)} has no 8-bit floats",
+            hint="leave it out",
+            param="quantization",
+        )
+    return Placement(device, getattr(torch, config.compute_dtype), config.mode, fp8)

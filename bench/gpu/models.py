@@ -68,12 +68,12 @@ class TokenEngine:
     def __init__(
         self, config: ModelConfig, device: torch.device, dtype: torch.dtype, max_model_len: int, **options: Any
     ) -> None:
-        self.options = EngineConfig(**({"max_loras": 0} | options))
+        self.options = EngineConfig(**({"max_loras": 0, "device": device.type} | options))
         with torch.inference_mode():
             self.model = load_model(
                 RandomWeights(config, device, dtype),
                 max_positions=max_model_len,
-                placement=Placement(device, dtype, self.options.mode),
+                placement=Placement(device, dtype, self.options.mode, self.options.quantization == "fp8"),
             )
         self.runner = DeviceRunner(self.model, self.options, max_model_len)
         num_blocks = self.runner.fit() if device.type == "cuda" else 256

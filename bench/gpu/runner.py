@@ -1,6 +1,6 @@
 """The whole engine on a GPU, over models of real shapes with random weights.
 
-    python -m bench.gpu.runner [--quick] [--only check ranking graphs memory decode host]
+    python -m bench.gpu.runner [--quick] [--only check ranking fp8 graphs mixed memory decode host]
 
 Knows workloads, clocks and the peer; does not know kernels. The peer is transformers, scoring each candidate's whole prompt
 (bf16, sdpa, last token's logits only) at the best of several batch sizes. Scores are checked against a plain fp32 run of the
@@ -150,6 +150,65 @@ def ranking(shape: ModelConfig, quick: bool) -> None:
     )
 
 
+def fp8(shape: ModelConfig, quick: bool) -> None:
+    """600/250/100 with 8-bit products of the blocks and without, in turn, and how far apart their scores are: of random weights, so that
+    the quality of a real model is in the table of `bench.accuracy`."""
+    sizes, rng = (JOB, CANDIDATE, COUNT), np.random.default_rng(4)
+    options: dict[str, Any] = {"max_num_batched_tokens": 16384, "kv_cache_bytes": 2**30}
+    engines = {name: make_engine(shape, quantization=name, **options) for name in (None, "fp8")}
+    times: dict[str | None, list[float]] = {name: [] for name in engines}
+    differences, spreads = [], []
+    for turn in range(6 if quick else 12):
+        work = [requests(rng, shape, sizes) for _ in range(3)]
+        scores = {}
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            waiters = [engine.score(*one, LABELS) for one in work]
+            scores[name] = np.array([waiter.wait().logits[1] for waiter in waiters])
+            if turn >= 2:
+                times[name].append((time.perf_counter() - start) / len(work))
+        differences.append(np.abs(scores["fp8"] - scores[None]).max())
+        spreads.append(np.abs(scores[None]).max())
+    report(
+        "8-bit products",
+        ms=statistics.median(times["fp8"]) * 1e3,
+        ms_bf16=statistics.median(times[None]) * 1e3,
+        times=statistics.median([b / f for b, f in zip(times[None], times["fp8"], strict=True)]),
+        weights_gb=engines["fp8"].model.num_bytes / 1e9,
+        weights_gb_bf16=engines[None].model.num_bytes / 1e9,
+        largest_difference=float(max(differences)),
+        largest_logit=float(max(spreads)),
+    )
+    for engine in engines.values():
+        engine.close()
+
+
+def mixed(shape: ModelConfig, quick: bool) -> None:
+    """64 sequences that decode while one ranking of 120/180/10 after the other comes in, with graphs of such steps and without."""
+    rng = np.random.default_rng(5)
+    options: dict[str, Any] = {"max_num_batched_tokens": 2048, "kv_cache_bytes": 2**32}
+    for name, eager in (("graphs", False), ("eager", True)):
+        engine = make_engine(shape, enforce_eager=eager, **options)
+        for part in ("warm", "timed"):
+            tokens = 32 if part == "warm" else 128 if quick else 512
+            start = time.perf_counter()
+            decoding = [engine.generate(random_ids(rng, shape.vocab_size, 64), tokens) for _ in range(64)]
+            ranked = 0
+            while len(decoding[0].tokens) < tokens:
+                engine.score(*requests(rng, shape, (120, 180, 10)), LABELS).wait()
+                ranked += 1
+            for waiter in decoding:
+                waiter.wait()
+            seconds = time.perf_counter() - start
+        report(
+            f"decoding beside rankings, {name}",
+            tokens_s=64 * tokens / seconds,
+            rankings_s=ranked / seconds,
+            ms_per_step=engine.loop.step_seconds / engine.loop.num_steps * 1e3,
+        )
+        engine.close()
+
+
 def graphs(shape: ModelConfig, quick: bool) -> None:
     """600/250/100 with the graphs of scoring steps and without, in turn: the host's part shows where steps are small."""
     sizes, rng = (JOB, CANDIDATE, COUNT), np.random.default_rng(1)
@@ -271,7 +330,8 @@ def decode(names: Sequence[str], quick: bool) -> None:
 
 
 def host(shape: ModelConfig, quick: bool) -> None:
-    """What the host does for a step of 256 decoding sequences, the device's time apart."""
+    """What the host does for a step of 256 decoding sequences, the device's time apart; and such steps one behind the other, of which
+    each is launched before the host has seen the last one's tokens."""
     engine = make_engine(shape, max_num_seqs=256, max_num_batched_tokens=8192, kv_cache_bytes=16 * 2**30)
     engine.loop.close()  # driven by hand here
     scheduler, runner = engine.scheduler, engine.runner
@@ -304,9 +364,29 @@ def host(shape: ModelConfig, quick: bool) -> None:
         host_us=medians["schedule"] + medians["launch"] + medians["update"],
     )
     engine.close()
+    engine = make_engine(shape, max_num_seqs=256, max_num_batched_tokens=8192, kv_cache_bytes=16 * 2**30)
+
+    def run(tokens: int) -> float:
+        waiters = [engine.generate(random_ids(rng, shape.vocab_size, 32), tokens) for _ in range(256)]
+        start = time.perf_counter()
+        for waiter in waiters:
+            waiter.wait()
+        return time.perf_counter() - start
+
+    run(8)
+    steps = 64 if quick else 256
+    step_us = (run(8 + steps) - run(8)) / steps * 1e6
+    report(
+        "256 sequences, steps launched ahead",
+        step_us=step_us,
+        by_hand_us=sum(medians.values()),
+        times=sum(medians.values()) / step_us,
+        tokens_s=256 / step_us * 1e6,
+    )
+    engine.close()
 
 
-PARTS = ("check", "ranking", "graphs", "memory", "decode", "host")
+PARTS = ("check", "ranking", "fp8", "graphs", "mixed", "memory", "decode", "host")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -321,7 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     work: dict[str, Callable[[], None]] = {
         "check": lambda: check(shape),
         "ranking": lambda: ranking(shape, args.quick),
+        "fp8": lambda: fp8(shape, args.quick),
         "graphs": lambda: graphs(shape, args.quick),
+        "mixed": lambda: mixed(shape, args.quick),
         "memory": lambda: memory(shape),
         "decode": lambda: decode(("qwen3-8b",) if args.quick else ("qwen3-8b", "llama-3.1-8b"), args.quick),
         "host": lambda: host(shape, args.quick),

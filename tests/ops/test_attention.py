@@ -300,7 +300,10 @@ def test_sixteen_bit_paged_decode_matches_fp64(dtype: torch.dtype, backend: str)
 
 @each_invariant_backend
 @pytest.mark.parametrize("window", [None, 270])
-def test_a_sequence_decodes_to_the_same_bits_alone_and_in_any_batch(backend: str, window: int | None) -> None:
+def test_a_sequence_decodes_to_the_same_bits_alone_and_in_any_batch(
+    backend: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many programs share a sequence's splits, too."""
     case = PagedCase("batch", 3, 1, 16, 16, (300, 1, 64, 257, 513), window)
     _, sequences, k_cache, v_cache, table = paged_inputs(case)
     q = torch.cat([q[-1:] for q, _, _ in sequences])
@@ -310,6 +313,13 @@ def test_a_sequence_decodes_to_the_same_bits_alone_and_in_any_batch(backend: str
         narrow = table[b : b + 1, : -(-length // 16)].contiguous()
         alone = paged_decode(q[b : b + 1], k_cache, v_cache, narrow, lengths[b : b + 1], 16, 0.25, window)
         assert_invariant(alone[0], together[b])
+    if backend == "triton":
+        from uma_kernels.attention import triton_kernel
+
+        for programs in (1, 10):
+            monkeypatch.setattr(triton_kernel, "DECODE_PROGRAMS", programs)
+            shared = paged_decode(q, k_cache, v_cache, table, lengths, 16, 0.25, window)
+            assert_invariant(shared, together)
 
 
 @needs_triton
@@ -322,10 +332,12 @@ def test_a_block_that_nobody_checked_gives_nan_and_no_context_gives_zeros(
     q, cache = torch.randn(5, 2, 8), torch.randn(4, 1, 8)
     table = torch.tensor([[0, 2], [0, -1], [0, 1], [0, 1], [1, 0]], dtype=torch.int32)
     lengths = torch.tensor([3, 3, 1000, 0, 4], dtype=torch.int32)
-    out = paged_decode(q, cache, cache, table, lengths, 2, 1.0)
-    assert out[:3].isnan().all()
-    assert_invariant(out[3], torch.zeros(2, 8))
-    assert torch.isfinite(out[4]).all()
+    for programs in (triton_kernel.DECODE_PROGRAMS, 1):
+        monkeypatch.setattr(triton_kernel, "DECODE_PROGRAMS", programs)
+        out = paged_decode(q, cache, cache, table, lengths, 2, 1.0)
+        assert out[:3].isnan().all()
+        assert_invariant(out[3], torch.zeros(2, 8))
+        assert torch.isfinite(out[4]).all()
 
 
 @needs_triton

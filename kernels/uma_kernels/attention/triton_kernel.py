@@ -85,6 +85,7 @@ DECODE_CONFIGS_FP32 = {
     256: DecodeConfig(256, 16, 8, 1),
 }
 JOINED = 16  # splits that the joining kernel holds at a time
+DECODE_PROGRAMS = 4096  # of a decode step, about: 15 for each that an H200 runs at once, so that long contexts even out
 
 
 @triton.jit
@@ -212,21 +213,19 @@ def _tree(
     tl.store(out + place * out_stride + head[:, None] * HEAD_DIM + column[None, :], result, mask=inside)
 
 
-@triton.jit(do_not_specialize=["window", "num_slots", "table_width"])
-def _decode_split(
-    q, k_cache, v_cache, part_acc, part_max, part_sum, block_table, context_lens, scale, window, num_slots, table_width,
-    q_stride, k_cache_stride, v_cache_stride,
+@triton.jit
+def _one_split(
+    q, k_cache, v_cache, part_acc, part_max, part_sum, block_table, sequence, split, length, scale, window, num_slots,
+    table_width, splits, q_stride, k_cache_stride, v_cache_stride,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOWED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Positions SPLIT * s .. of one sequence for BLOCK_M query heads of one key-value head: a softmax not yet divided.
+    """Positions SPLIT * split .. of one sequence for BLOCK_M query heads of one key-value head: a softmax not yet divided.
 
     A slot outside the cache is not read, and makes the sum NaN.
     """
-    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     tiles_m: tl.constexpr = (GROUP + BLOCK_M - 1) // BLOCK_M
     kv_head = tl.program_id(1) // tiles_m
-    length = tl.load(context_lens + sequence)
     begin, end = split * SPLIT, tl.minimum(split * SPLIT + SPLIT, length)
     if WINDOWED:
         begin = tl.maximum(begin, (length - window) // BLOCK_N * BLOCK_N)
@@ -259,10 +258,40 @@ def _decode_split(
             scores = tl.where(seen[None, :], scores, -float("inf"))
             maximum, total, acc = _softmax_step(scores, v_tile, maximum, total, acc, scale, False, INTERPRETED)
         total = tl.where(tl.max(lost.to(tl.int32), 0) > 0, float("nan"), total)
-        part = (sequence * HEADS + head) * tl.num_programs(2) + split
+        part = (sequence * HEADS + head) * splits + split
         tl.store(part_max + part, maximum, mask=member < GROUP)
         tl.store(part_sum + part, total, mask=member < GROUP)
         tl.store(part_acc + part[:, None] * HEAD_DIM + column[None, :], acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["window", "num_slots", "table_width", "splits"])
+def _decode_split(
+    q, k_cache, v_cache, part_acc, part_max, part_sum, block_table, context_lens, scale, window, num_slots, table_width, splits,
+    q_stride, k_cache_stride, v_cache_stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SHARED: tl.constexpr, WINDOWED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """One split of one sequence a program; SHARED: there are fewer programs, which take the splits that its length has in turn."""
+    sequence = tl.program_id(0).to(tl.int64)
+    length = tl.load(context_lens + sequence)
+    if SHARED:
+        first = 0
+        if WINDOWED:
+            first = tl.maximum(length - window, 0) // SPLIT
+        last = tl.minimum((length + SPLIT - 1) // SPLIT, splits)
+        for split in tl.range(first + tl.program_id(2), last, tl.num_programs(2), disable_licm=True):
+            _one_split(
+                q, k_cache, v_cache, part_acc, part_max, part_sum, block_table, sequence, split, length, scale, window,
+                num_slots, table_width, splits, q_stride, k_cache_stride, v_cache_stride,
+                HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, SPLIT, BLOCK_M, BLOCK_N, BLOCK_D, WINDOWED, INTERPRETED,
+            )  # fmt: skip
+    else:
+        _one_split(
+            q, k_cache, v_cache, part_acc, part_max, part_sum, block_table, sequence, tl.program_id(2), length, scale, window,
+            num_slots, table_width, splits, q_stride, k_cache_stride, v_cache_stride,
+            HEADS, GROUP, HEAD_DIM, BLOCK_SIZE, SPLIT, BLOCK_M, BLOCK_N, BLOCK_D, WINDOWED, INTERPRETED,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["window", "splits"])
@@ -376,12 +405,15 @@ def paged_decode(
     block_m = min(64, max(16, triton.next_power_of_2(group)))
     part_acc = torch.empty(sequences, heads, splits, head_dim, dtype=torch.float32, device=q.device)
     part_max, part_sum = torch.empty(2, sequences, heads, splits, dtype=torch.float32, device=q.device)
-    _decode_split[(sequences, kv_heads * triton.cdiv(group, block_m), splits)](
+    heads_m = kv_heads * triton.cdiv(group, block_m)
+    # Programs that only find out that they have nothing to do cost 2 ns each, of which a graph for long contexts would have most.
+    per_sequence = min(splits, max(1, DECODE_PROGRAMS // (sequences * heads_m)))
+    _decode_split[(sequences, heads_m, per_sequence)](
         q, k_cache, v_cache, part_acc, part_max, part_sum, block_table, context_lens, scale * LOG2_E, window or 0,
-        num_slots, width, q.stride(0), k_cache.stride(0), v_cache.stride(0),
+        num_slots, width, splits, q.stride(0), k_cache.stride(0), v_cache.stride(0),
         HEADS=heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, SPLIT=config.split,
-        BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=_padded(head_dim), WINDOWED=window is not None,
-        INTERPRETED=interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
+        BLOCK_M=block_m, BLOCK_N=config.block_n, BLOCK_D=_padded(head_dim), SHARED=per_sequence < splits,
+        WINDOWED=window is not None, INTERPRETED=interpreted(), num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     _decode_join[(sequences, heads)](
         part_acc, part_max, part_sum, context_lens, out, scale * LOG2_E, window or 0, splits,
@@ -442,9 +474,13 @@ def _aot_cases() -> list[AotCase]:
                     "BLOCK_M": 16,
                     "BLOCK_N": d.block_n,
                 }
-                cases.append(
-                    AotCase(f"decode-{suffix}", _decode_split, types, shape | tiles, d.num_warps, d.num_stages)
-                )
+                cases += [
+                    AotCase(
+                        f"decode-{suffix}" + ("-shared" if shared else ""), _decode_split, types,
+                        shape | tiles | {"SHARED": shared}, d.num_warps, d.num_stages,
+                    )
+                    for shared in (False, True)
+                ]  # fmt: skip
             join = {"HEADS": 16, "HEAD_DIM": head_dim, "SPLIT": 256, "BLOCK_D": _padded(head_dim), "JOINED": JOINED}
             cases.append(AotCase(f"join-{name}-D{head_dim}", _decode_join, types, join | {"WINDOWED": False}))
     return cases

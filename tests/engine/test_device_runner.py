@@ -320,6 +320,26 @@ class OnlyEven:
         return [8, 10] if len(self.taken) == 2 else []
 
 
+class Broken(OnlyEven):
+    """A grammar that fails before anything is drawn, and must not be asked again."""
+
+    def mask(self) -> bytes:
+        raise InvalidRequest("no token may come next")
+
+    def accept(self, token_id: int) -> int:
+        raise AssertionError("asked to accept what it never allowed")
+
+
+def test_a_grammar_that_fails_ends_its_request_alone(model_dir: Path) -> None:
+    machine = make(model_dir, max_loras=0)
+    good, bad = machine.generate(4, 3), machine.generate(5, 3, grammar=Broken())
+    machine.run()
+    assert machine.ends[good.request_id] == (FinishReason.LENGTH, None)
+    reason, error = machine.ends[bad.request_id]
+    assert reason is FinishReason.ERROR
+    assert isinstance(error, InvalidRequest)
+
+
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
 def test_a_missing_device_is_said_so(model_dir: Path) -> None:
     with pytest.raises(InvalidRequest, match="no CUDA device"):

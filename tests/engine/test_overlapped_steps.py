@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from uma_engine.scheduler import Scheduler
 class Listener:
     """A sink that keeps everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_at: int | None = None, at_end: Callable[[], object] = lambda: None) -> None:
         self.scores: dict[int, list[float]] = {}
         self.tokens: list[int] = []
         self.ends: list[tuple[FinishReason, UmaError | None]] = []
         self.done = threading.Event()
+        self.stop_at = stop_at  # tokens
+        self.at_end = at_end
 
     def on_scores(self, segment_index: int, logits: list[float]) -> None:
         assert not self.ends
@@ -41,10 +44,11 @@ class Listener:
     def on_token(self, token_id: int) -> bool:
         assert not self.ends
         self.tokens.append(token_id)
-        return False
+        return len(self.tokens) == self.stop_at
 
     def on_finished(self, reason: FinishReason, error: UmaError | None) -> None:
         self.ends.append((reason, error))
+        self.at_end()
         self.done.set()
 
 
@@ -115,7 +119,50 @@ def test_the_next_step_is_launched_before_the_scores_of_the_last_are_read(script
     assert len(ahead) >= runner.num_launched - 4, runner.log
 
 
-def test_tokens_are_waited_for_beside_scores(scripted: Any) -> None:
+def _generated(name: str, tokens: int, stop: int | None = None) -> Request:
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    stops = frozenset() if stop is None else frozenset([stop])
+    return Request(name, RequestKind.GENERATE, [Segment([3] * 6)], sampling=params, stop_token_ids=stops)
+
+
+@pytest.mark.parametrize("by_listener", [False, True])
+def test_an_id_is_free_and_costs_are_final_once_a_request_has_ended(scripted: Any, by_listener: bool) -> None:
+    """The scheduler learns later of what a token ended: that must not end who has the id by then, nor change what was added up."""
+    loop, _, _ = scripted
+    request, costs, second, beside = _generated("same", 9, None if by_listener else 7), [], Listener(), Listener()
+
+    def again() -> None:
+        costs.append(request.num_computed_tokens)
+        loop.submit(_generated("same", 5), second)
+
+    first = Listener(1 if by_listener else None, again)
+    loop.submit(_generated("beside", 40), beside)
+    loop.submit(request, first)
+    for listener, tokens, reason in (
+        (first, 1, FinishReason.STOP),
+        (second, 5, FinishReason.LENGTH),
+        (beside, 40, None),
+    ):
+        assert listener.done.wait(20)
+        assert len(listener.tokens) == tokens
+        assert listener.ends == [(reason or FinishReason.LENGTH, None)]
+    assert costs == [request.num_computed_tokens]
+
+
+def test_what_a_done_step_brought_does_not_wait_for_another_engine(scripted: Any) -> None:
+    loop, runner, _ = scripted
+    loop.give_way = lambda: runner.num_launched >= 3
+    short, long = Listener(), Listener()
+    loop.submit(_generated("long", 40), long)
+    loop.submit(_generated("short", 2), short)
+    began = time.perf_counter()
+    assert short.done.wait(20)
+    assert time.perf_counter() - began < 2
+    loop.give_way = None
+    assert long.done.wait(20)
+
+
+def test_tokens_that_a_step_begins_with_may_be_unknown_beside_scores(scripted: Any) -> None:
     loop, _, _ = scripted
     ranked, generated = Listener(), Listener()
     loop.submit(_ranked("rank", 10, 6), ranked)

@@ -135,6 +135,16 @@ def test_a_decoding_row_has_its_bits_beside_prefill_and_paths(
         assert_invariant(beside, alone)
 
 
+@pytest.mark.parametrize("budget", [100, 600, 1500, 2500])
+def test_no_graph_has_more_rows_than_the_adapters_routing(tiny_dir: Path, budget: int) -> None:
+    """Whatever the budget: captured graphs begin with the largest, and with adapters."""
+    machine = make(tiny_dir, max_num_batched_tokens=budget)
+    graphs = machine.runner._step_graphs
+    graphs._prepare()
+    assert max(size for size, _ in graphs._layouts) <= machine.runner.adapters.routing.max_num_tokens
+    assert any(decodes for _, decodes in graphs._layouts)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_captured_steps_have_the_bits_of_eager_ones(tiny_dir: Path, adapter_dirs: dict[str, Path]) -> None:
     """Real sizes: hundreds of candidates, all buckets up to the budget, replays two steps ahead."""

@@ -104,7 +104,8 @@ class EngineLoop:
         self._commands: deque[Callable[[], object]] = deque()
         self._pending_adds = 0
         self._wake = threading.Condition()
-        self._sinks: dict[str, Sink] = {}  # the loop thread's own
+        # By id, the loop thread's own. An id may be taken again as soon as its request has ended here, before the scheduler says so.
+        self._sinks: dict[str, tuple[Request, Sink]] = {}
         self._closing = False
         self._dead: BaseException | None = None
         self._underway: _Underway | None = None
@@ -222,12 +223,11 @@ class EngineLoop:
                 if idle and self._meter is not None:
                     self._meter.begin()
                 idle = False
-                if self._scheduler.has_unfinished():
-                    if not self._gives_way():
-                        self._step()
-                        self._last_step = time.perf_counter()
-                else:
+                if not self._scheduler.has_unfinished() or self._gives_way():
                     self._land()
+                else:
+                    self._step()
+                    self._last_step = time.perf_counter()
         except BaseException as error:  # a fault of ours: nobody may hang because of it
             logger.exception("the engine's step loop failed")
             self._dead = error
@@ -280,23 +280,23 @@ class EngineLoop:
         if request.request_id in self._sinks:  # the one in flight keeps its sink
             sink.on_finished(FinishReason.ERROR, InvalidRequest(f"request id `{request.request_id}` is in use"))
             return
-        self._sinks[request.request_id] = sink
+        self._sinks[request.request_id] = request, sink
         if self._closing:
             return  # ends with the rest
         try:
             self._scheduler.add_request(request)
         except UmaError as error:
-            self._finish(request.request_id, FinishReason.ERROR, error)
+            self._finish(request, FinishReason.ERROR, error)
         except Exception as error:
             logger.exception("request `%s` could not be added", request.request_id)
             failure = InvariantViolation(f"the request could not be added: {error!r}")
-            self._finish(request.request_id, FinishReason.ERROR, failure)
+            self._finish(request, FinishReason.ERROR, failure)
 
     def _step(self) -> None:
         started = time.perf_counter()
         output = self._scheduler.schedule()
         for request, reason in output.finished:
-            self._finish(request.request_id, reason)
+            self._finish(request, reason)
         if not output.chunks:
             self._land()
             return
@@ -318,7 +318,7 @@ class EngineLoop:
             for event in self._scheduler.abort_step(output, failure):
                 if isinstance(event, Finished):
                     ours = failure if event.reason is FinishReason.ERROR else None
-                    self._finish(event.request.request_id, event.reason, ours)
+                    self._finish(event.request, event.reason, ours)
             return
         for event in events:
             self._deliver(event)
@@ -366,7 +366,7 @@ class EngineLoop:
             logger.exception("a step failed")
             failure = error if isinstance(error, UmaError) else InvariantViolation(f"a step failed: {error!r}")
             for chunk in underway.output.chunks:
-                self._fail(chunk.request.request_id, failure)
+                self._fail(chunk.request, failure)
             return
         self._charge(underway.output, underway.began)
         wanted = [chunk for chunk in underway.output.chunks if chunk.wants_output]
@@ -380,7 +380,7 @@ class EngineLoop:
             request = event.request
             value = found[request.request_id, event.segment_index if isinstance(event, ScoreReady) else request.growing]
             if isinstance(value, UmaError):
-                self._fail(request.request_id, value)
+                self._fail(request, value)
                 continue
             if isinstance(event, ScoreReady):
                 assert isinstance(value, list)
@@ -390,41 +390,49 @@ class EngineLoop:
                 self._scheduler.settle(event, value)
             self._deliver(event)
             if isinstance(event, TokenReady) and event.finish_reason is FinishReason.STOP:
-                self._finish(request.request_id, FinishReason.STOP)
+                self._finish(request, FinishReason.STOP)
 
     def _charge(self, output: SchedulerOutput, began: float) -> None:
         """Before the step's results are handed over: who has its answer may ask what it cost."""
         if self._meter is not None:
             self._meter.charge(output.chunks, began)
 
-    def _fail(self, request_id: str, error: UmaError) -> None:
+    def _fail(self, request: Request, error: UmaError) -> None:
         """End a request whose step went wrong after the scheduler had taken it for done."""
-        self._scheduler.finish(request_id, FinishReason.ERROR)
-        self._finish(request_id, FinishReason.ERROR, error)
+        if self._sink_of(request) is not None:
+            self._scheduler.finish(request.request_id, FinishReason.ERROR)
+            self._finish(request, FinishReason.ERROR, error)
+
+    def _sink_of(self, request: Request) -> Sink | None:
+        """The listener of a request that has not ended here."""
+        held, sink = self._sinks.get(request.request_id, (None, None))
+        return sink if held is request else None
 
     def _deliver(self, event: ScoreReady | TokenReady | Finished) -> None:
-        request_id = event.request.request_id
-        sink = self._sinks.get(request_id)
+        request = event.request
+        request_id = request.request_id
+        sink = self._sink_of(request)
         if sink is None:
             return
         if isinstance(event, Finished):
-            self._finish(request_id, event.reason, event.error if isinstance(event.error, UmaError) else None)
+            self._finish(request, event.reason, event.error if isinstance(event.error, UmaError) else None)
             return
         try:
             if isinstance(event, ScoreReady):
                 sink.on_scores(event.segment_index, event.logits)
             elif sink.on_token(event.token_id) and event.finish_reason is None:
                 self._scheduler.finish(request_id, FinishReason.STOP)
-                self._finish(request_id, FinishReason.STOP)
+                self._finish(request, FinishReason.STOP)
         except Exception as error:  # a caller's listener failed, e.g. its event loop is closed: its request alone ends
             logger.exception("a listener of request `%s` failed", request_id)
             self._scheduler.finish(request_id, FinishReason.ERROR)
-            self._finish(request_id, FinishReason.ERROR, InvariantViolation(f"a listener failed: {error!r}"))
+            self._finish(request, FinishReason.ERROR, InvariantViolation(f"a listener failed: {error!r}"))
 
-    def _finish(self, request_id: str, reason: FinishReason, error: UmaError | None = None) -> None:
-        sink = self._sinks.pop(request_id, None)
+    def _finish(self, request: Request, reason: FinishReason, error: UmaError | None = None) -> None:
+        sink = self._sink_of(request)
         if sink is None:
             return
+        del self._sinks[request.request_id]
         if error is None and reason is FinishReason.CANCELLED:
             error = RequestCancelled("the request was cancelled")
         elif error is None and reason is FinishReason.DEADLINE:
@@ -434,7 +442,7 @@ class EngineLoop:
         try:
             sink.on_finished(reason, error)
         except Exception:
-            logger.exception("a listener of request `%s` failed at its end", request_id)
+            logger.exception("a listener of request `%s` failed at its end", request.request_id)
 
     def _end_all(self) -> None:
         if self._dead is None:
@@ -450,8 +458,8 @@ class EngineLoop:
         for request_id in self._sinks:  # what they held is given back, so that the books balance at the end
             self._scheduler.cancel(request_id)
         cause = f"the engine stopped: {self._dead}" if self._dead is not None else "the engine was closed"
-        for request_id in list(self._sinks):
-            self._finish(request_id, FinishReason.ERROR, EngineUnavailable(cause))
+        for request, _ in list(self._sinks.values()):
+            self._finish(request, FinishReason.ERROR, EngineUnavailable(cause))
 
 
 @contextlib.contextmanager

@@ -73,9 +73,10 @@ class Launched:
             if part.failed is not None:
                 for place, token in zip(part.places, values.tolist(), strict=True):
                     chunk = self._chunks[place]
-                    results[place] = accepted(chunk, token) if token != NOT_FINITE else not_finite(chunk)
-                for place, error in part.failed.items():
-                    results[place] = error
+                    if token == NOT_FINITE:
+                        results[place] = not_finite(chunk)
+                    else:
+                        results[place] = part.failed[place] if place in part.failed else accepted(chunk, token)
             else:
                 finite = np.isfinite(values).all(-1).tolist()
                 for place, logits, good in zip(part.places, values.tolist(), finite, strict=True):
@@ -319,8 +320,9 @@ class DeviceRunner:
             adapters = self.adapters if batch.lora_routing is not None else None
             hidden = self._model.forward(batch, self._kv, adapters)
         else:
-            several = list(groups.values()) if len(groups) > 1 else []
-            rows_of = self._staging.upload([np.array(rows, np.int64) for rows in several]) or [hidden] * len(groups)
+            rows_of = [hidden] * len(groups)  # of one group: all of them
+            if len(groups) > 1:
+                rows_of = self._staging.upload([np.array(rows, np.int64) for rows in groups.values()])
         # Before tokens are drawn: that uploads things of its own, over these rows' numbers.
         wanted = [hidden if len(groups) == 1 else hidden.index_select(0, index) for index in rows_of]
         parts = []

@@ -14,7 +14,7 @@ __all__ = ["Layout", "Staging"]
 
 ALIGNMENT = 16  # bytes: what a kernel's wide loads ask for
 LEAST = 1 << 16
-BUFFERS = 8  # a step has up to three uploads, and two steps may be under way
+BUFFERS = 10  # a step has up to five uploads, and two steps may be under way
 _TORCH_DTYPES = {
     np.dtype(np.int64): torch.int64,
     np.dtype(np.int32): torch.int32,

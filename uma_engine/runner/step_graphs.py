@@ -104,12 +104,12 @@ class StepGraphs:
         self._staging = staging
         self._memory = memory
         self._buckets = step_buckets(max_tokens)
-        self._mixed_buckets = step_buckets(max_tokens, MIXED_PARTS)
+        most = self._buckets[-1]  # what the adapters' routing has room for
+        self._mixed_buckets = [min(size, most) for size in step_buckets(max_tokens, MIXED_PARTS)]
         self._keys: tuple[list[PlanKey], list[PlanKey]] = ([], [])  # of all layers' attention, of the last one's
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._inputs = torch.empty(0, dtype=torch.uint8, device=device)
         # Of all graphs: each copies its result here, so that none keeps memory of its own.
-        most = self._mixed_buckets[-1]
         outputs = Room.of(most, self._most_decodes(most)).outputs
         self._hidden = torch.zeros(outputs, model.config.hidden_size, dtype=kv.k[0].dtype, device=device)
         self._graphs: dict[Kind, Callable[[], None]] = {}

@@ -155,10 +155,10 @@ class Scheduler:
             value: Any = next(outputs) if chunk.wants_output else None
             request, index = chunk.request, chunk.segment_index
             state: RequestState = request.scheduler_state
-            request.num_computed_tokens += chunk.num_tokens
-            if state.ended_as is not None:
+            if state.ended_as is not None:  # its owner may have added up what it cost: that is not changed any more
                 self._report_end(state, state.ended_as, events)
                 continue
+            request.num_computed_tokens += chunk.num_tokens
             if isinstance(value, UmaError):
                 self._report_end(state, FinishReason.ERROR, events, value)
                 continue

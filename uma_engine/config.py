@@ -68,8 +68,8 @@ class EngineConfig:
     dtype: str = "auto"  # of weights, activations and KV cache. "auto": float32 on the CPU, bfloat16 on a GPU
     # Matrix products on a GPU. "audit": a score has the same bits in any company; "fast": the vendor's library chooses
     mode: str = "audit"
-    # Weights and activations of the blocks' products on a GPU. "fp8": e4m3 with a scale a row, about 1.4 to 1.8 times as fast and
-    # half the memory; scores are off by what docs/gpu.md says
+    # Weights and activations of the blocks' products on a GPU. "fp8": e4m3 with a scale a row, 1.4 to 1.8 times as fast and half the
+    # memory; it cost the smallest model a third of its order (docs/benchmarks.md): measure yours before you rank with it
     quantization: str | None = None
     # Adapters in a GPU's memory. "dense": in `dtype`; "fp8", "int4": a scale for each rank row, a half or a quarter of 16 bits
     lora_storage: str = "dense"

@@ -109,7 +109,20 @@ def _gemm(rows: Sequence[Row], table: Table) -> str:
         "Batch-invariant products (mode `audit`) of the layers of 0.6B, 1.7B and 8B models, bf16. A row alone has the bits it has"
         f" in the batch: {'in every case' if same else 'NOT in every case'}.\n\n![Roofline](gpu-linear-roofline.svg)\n\n"
         f"{table(header, body)}\n\n{_fused(newest, table)}"
-        f"{table(('op', 'case', 'us', 'against torch', 'share of read'), others)}\n"
+        f"{table(('op', 'case', 'us', 'against torch', 'share of read'), others)}\n{_quality(newest)}"
+    )
+
+
+def _quality(newest: Sequence[Row]) -> str:
+    """What 8-bit products cost, beside their speed above."""
+    found = [r for r in newest if "relative_error_bf16" in r]
+    if not found:
+        return ""
+    eight, sixteen = (max(r[key] for r in found) for key in ("relative_error", "relative_error_bf16"))
+    return (
+        f"\nOf the products above those in 8 bits are off by {100 * eight:.1f} % (root mean square), those in bf16 by"
+        f" {100 * sixteen:.2f} %."
+        " What that does to the scores of a real model: [benchmarks](benchmarks.md#what-a-precision-costs-in-accuracy).\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from uma_kernels import dispatch
 from uma_kernels.check import ShapeError
 from uma_kernels.sampling import SamplingBatch, TokenCounts, sample
 from uma_kernels.sampling.cases import CASES, SamplingCase
+from uma_kernels.sampling.reference import uniform
 from uma_kernels.testing import assert_exact
 
 Value = float | list[float]
@@ -21,7 +23,7 @@ Value = float | list[float]
 def batch_of(
     rows: int,
     temperature: Value = 1.0,
-    top_k: int = 0,
+    top_k: int | list[int] = 0,
     top_p: Value = 1.0,
     min_p: Value = 0.0,
     repetition_penalty: Value = 1.0,
@@ -32,10 +34,9 @@ def batch_of(
 ) -> SamplingBatch:
     floats = (temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     temperatures, *rest = (torch.tensor(x, dtype=torch.float32).expand(rows).contiguous() for x in floats)
+    top_ks = torch.tensor(top_k, dtype=torch.int32).expand(rows).contiguous()
     seeds = torch.arange(first_seed, first_seed + rows)
-    return SamplingBatch(
-        temperatures, torch.full((rows,), top_k, dtype=torch.int32), *rest, seeds, torch.full_like(seeds, step)
-    )
+    return SamplingBatch(temperatures, top_ks, *rest, seeds, torch.full_like(seeds, step))
 
 
 def of_case(case: SamplingCase, first_seed: int = 0) -> SamplingBatch:
@@ -47,6 +48,25 @@ def kept_by(logits: torch.Tensor, **settings: Any) -> set[int]:
     count = 25 if dispatch.forced_backend() == "triton" and dispatch.interpreted() else 500
     draws = sample(logits.expand(count, -1).contiguous(), batch_of(count, **settings))
     return set(draws.tolist())
+
+
+def last_kept(logits: torch.Tensor, **settings: Any) -> int:
+    """The last token, in index order, of those that stay: if they weigh about the same, one draw says it."""
+    seed = next(seed for seed in count() if uniform(seed, 0) > 1 - 0.5 / logits.shape[0])
+    return int(sample(logits[None].contiguous(), batch_of(1, first_seed=seed, **settings)))
+
+
+# Rows of all kinds: temperature, top_k, top_p, min_p.
+MIXED = [
+    (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.8, 50, 1.0, 0.0), (0.8, 300, 1.0, 0.0), (1.2, 0, 0.9, 0.0),
+    (0.7, 20, 0.95, 0.0), (1.0, 400, 0.9, 0.01), (1.0, 0, 1.0, 0.1), (1.0, 64, 1.0, 0.0), (1.0, 65, 1.0, 0.0),
+    (1.0, 0, 0.999999, 0.0), (1.0, 0, 1e-6, 0.0), (9.0, 0, 0.5, 0.0), (0.1, 0, 0.99, 0.0),
+]  # fmt: skip
+
+
+def mixed(rows: list[int], first_seed: int = 0) -> SamplingBatch:
+    temperature, top_k, top_p, min_p = (list(column) for column in zip(*(MIXED[row] for row in rows), strict=True))
+    return batch_of(len(rows), temperature, top_k, top_p, min_p, first_seed=first_seed)
 
 
 def counts_of(*pairs: tuple[int, int]) -> TokenCounts:
@@ -79,16 +99,50 @@ def test_a_row_draws_the_same_token_alone_and_in_any_batch(case: SamplingCase, b
         assert_exact(sample(logits[row : row + 1].clone(), alone), together[row : row + 1])
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (2.0, 5)])
-def test_draws_follow_the_distribution(temperature: float, top_k: int, backend: str) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("vocab", [1, 77, 9001])  # less than a chunk, and several with a rest
+def test_rows_of_all_kinds_in_one_batch_draw_what_each_draws_alone(vocab: int, masked: bool, backend: str) -> None:
+    rows = list(range(len(MIXED)))
+    logits = torch.randn(len(rows), vocab) * 3
+    mask = None
+    if masked:
+        mask = torch.rand(len(rows), vocab) < 0.3
+        mask[:, vocab // 2] = True
+    together = sample(logits, mixed(rows, first_seed=7), mask=mask)
+    with dispatch.use_backend("reference"):
+        assert_exact(together, sample(logits, mixed(rows, first_seed=7), mask=mask))
+    for row in rows:
+        own = None if mask is None else mask[row : row + 1].clone()
+        alone = sample(logits[row : row + 1].clone(), mixed([row], first_seed=7 + row), mask=own)
+        assert_exact(alone, together[row : row + 1])
+
+
+def test_a_row_draws_the_same_token_however_many_programs_share_it(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list(range(len(MIXED)))
+    logits = torch.randn(len(rows), 9001) * 3
+    before = sample(logits, mixed(rows))
+    if backend == "triton":
+        monkeypatch.setattr("uma_kernels.sampling.triton_cuts.RESIDENT", 1)
+    assert_exact(sample(logits, mixed(rows)), before)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.8), (1.0, 7, 0.9)]
+)
+def test_draws_follow_the_distribution(temperature: float, top_k: int, top_p: float, backend: str) -> None:
     vocab, draws = 12, 4000
-    skip_in_interpreter(backend, draws * vocab * (31 if top_k else 1), 5000)
+    skip_in_interpreter(backend, draws * vocab, 5000)
     logits = torch.randn(vocab)
     probabilities = (logits.double() / temperature).softmax(0)
     if top_k:
         probabilities[probabilities < probabilities.topk(top_k).values[-1]] = 0
         probabilities /= probabilities.sum()
-    batch = batch_of(draws, temperature, top_k, first_seed=123)
+    largest, order = probabilities.sort(descending=True)
+    probabilities[order[largest.cumsum(0) - largest >= top_p]] = 0
+    probabilities /= probabilities.sum()
+    batch = batch_of(draws, temperature, top_k, top_p, first_seed=123)
     seen = torch.bincount(sample(logits.expand(draws, -1).contiguous(), batch), minlength=vocab).double()
     assert (seen[probabilities == 0] == 0).all()
     expected = draws * probabilities[probabilities > 0]
@@ -135,6 +189,42 @@ def test_top_p_keeps_the_fewest_that_reach_it_and_at_least_one(backend: str) -> 
     assert kept_by(logits, top_k=2, top_p=0.55) == {1}
 
 
+@pytest.mark.parametrize("vocab", [300, 8269])
+def test_all_equal_logits_are_cut_by_index(vocab: int, backend: str) -> None:
+    logits = torch.full((vocab,), -3.5)
+    for top_k in (1, 5, 64, 65, 150, vocab - 1):
+        assert last_kept(logits, top_k=top_k) == top_k - 1
+    assert last_kept(logits, top_k=vocab) == last_kept(logits, top_k=vocab + 1) == last_kept(logits) == vocab - 1
+    assert last_kept(logits, top_p=0.5) == math.ceil(vocab * 0.5) - 1
+    assert last_kept(logits, top_p=1e-6) == 0
+    assert last_kept(logits, top_p=0.999999) == vocab - 1
+    assert last_kept(logits, top_k=100, top_p=0.5) == 49
+    assert last_kept(logits, top_k=40, top_p=0.5) == 19
+
+
+@pytest.mark.parametrize("top_k", [30, 80])
+def test_equal_logits_at_the_cut_stay_by_index_wherever_a_chunk_ends(top_k: int, backend: str) -> None:
+    logits = torch.randn(8269).clamp(max=2.0) - 9
+    logits[[70, 4000, 8268]] = 1.5
+    logits[4096 - 50 : 4096 + 50] = 1.0  # around the first token of the second chunk
+    logits[8190] = 1.0
+    stay = sorted([70, 4000, *range(4046, 4046 + top_k - 3), 8268])
+    assert last_kept(logits[:8268], top_k=top_k - 1) == stay[-2]
+    assert last_kept(logits, top_k=top_k) == 8268
+    assert last_kept(logits[:8268], top_k=top_k - 1, top_p=0.5) < 4096 - 50 + top_k // 2
+
+
+def test_many_members_at_almost_one_distance_are_cut_exactly(backend: str) -> None:
+    """More than a list holds: the whole row is read at each step."""
+    settings = [(2000, 1.0), (0, 0.5), (9000, 0.3)]
+    logits = torch.randn(len(settings), 17000) * 1e-5 - 3
+    logits[:, 1234] = 0.0
+    batch = batch_of(len(settings), 1.0, [k for k, _ in settings], [p for _, p in settings])
+    with dispatch.use_backend("reference"):
+        expected = sample(logits, batch)
+    assert_exact(sample(logits, batch), expected)
+
+
 def test_min_p_keeps_tokens_by_their_share_of_the_largest(backend: str) -> None:
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log()
     assert kept_by(logits, min_p=0.3) == {1, 2, 3}
@@ -167,13 +257,16 @@ def test_a_masked_token_is_never_drawn_however_penalised(backend: str) -> None:
     assert set(drawn.tolist()) == {0, 2}
 
 
+@pytest.mark.parametrize("vocab", [40, 9001])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_is_not_finite_is_refused_by_name(bad: float, temperature: float, backend: str) -> None:
-    logits = torch.zeros(3, 40)
-    logits[1, 33] = bad
+def test_a_row_that_is_not_finite_is_refused_by_name(temperature: float, bad: float, vocab: int, backend: str) -> None:
+    logits = torch.zeros(3, vocab)
+    logits[1, vocab - 7] = bad
     with pytest.raises(ValueError, match=r"logits\[1\]"):
         sample(logits, batch_of(3, temperature))
+    with pytest.raises(ValueError, match=r"logits\[1\]"):
+        sample(logits, batch_of(3, temperature, top_k=20, top_p=0.9))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -63,7 +63,7 @@ def lora() -> None:
 
 
 def attention() -> None:
-    from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention
+    from uma_kernels.attention import AttentionBatch, paged_decode, tree_attention, triton_kernel
 
     heads, kv_heads, slots = 4, 2, 2048
     for head_dim in (64, 128):
@@ -82,7 +82,11 @@ def attention() -> None:
             tree_attention(q, k, v, cache[0], cache[1], batch, head_dim**-0.5, window)
             table = torch.randperm(128, dtype=torch.int32)[:96].view(3, 32)
             lens = torch.tensor([1, 300, 512], dtype=torch.int32)
-            paged_decode(q[:3].contiguous(), cache[0], cache[1], table, lens, 16, head_dim**-0.5, window)
+            many = triton_kernel.DECODE_PROGRAMS
+            for programs in (many, 1):  # a program a split, and one for all of a sequence's
+                triton_kernel.DECODE_PROGRAMS = programs
+                paged_decode(q[:3].contiguous(), cache[0], cache[1], table, lens, 16, head_dim**-0.5, window)
+            triton_kernel.DECODE_PROGRAMS = many
 
 
 def small() -> None:
@@ -128,7 +132,33 @@ def topk() -> None:
     maxsim(randn(37, 128), ends, randn(37, 128), ends)
 
 
-OPS: dict[str, Callable[[], None]] = {op.__name__: op for op in (linear, lora, attention, small, topk)}
+def sampling() -> None:
+    """Rows of every kind in one call: the largest, a draw from all, short and long cuts, what is masked, seen or not finite."""
+    from uma_kernels.sampling import SamplingBatch, sample
+
+    rows, vocabulary = 7, 20_000
+    logits = 3 * randn(rows, vocabulary, dtype=torch.float32)
+    logits[5, 11] = float("nan")
+    mask = torch.rand(rows, vocabulary) < 0.5
+    zeros, ones = torch.zeros(rows), torch.ones(rows)
+    batch = SamplingBatch(
+        temperature=torch.tensor([0.0, 1.0, 0.8, 0.8, 0.7, 1.0, 1.0]),
+        top_k=torch.tensor([0, 0, 50, 0, 900, 0, 40], dtype=torch.int32),
+        top_p=torch.tensor([1.0, 1.0, 1.0, 0.95, 0.9, 1.0, 0.5]),
+        min_p=0.01 * ones,
+        repetition_penalty=1.2 * ones,
+        presence_penalty=zeros,
+        frequency_penalty=zeros,
+        seeds=torch.arange(rows),
+        steps=torch.arange(rows),
+    )
+    seen = (torch.arange(9), torch.ones(9, dtype=torch.int32))
+    for chosen in (None, mask):
+        sample(logits, batch, [seen] * rows, chosen)
+    sample(torch.zeros(rows, vocabulary), batch)  # all alike: no list is long enough
+
+
+OPS: dict[str, Callable[[], None]] = {op.__name__: op for op in (linear, lora, attention, small, topk, sampling)}
 
 
 def main() -> None:

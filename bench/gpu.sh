@@ -54,6 +54,7 @@ run_part() {
         -W ignore --tb=short &&
         "$python" -m bench.gpu.runner --quick
       ;;
+    lora) "$python" -m bench.gpu.lora --quick && "$python" -m bench.gpu.lora_limits --quick ;;
     tune)
       "$python" -m bench.gpu.gemm --tune
       "$python" -m bench.gpu.attention --tune

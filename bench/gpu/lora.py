@@ -125,10 +125,10 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 # ---- ours ----
 
 
-def pool_of(problem: Problem, storage: str = "dense") -> LoraPool:
+def pool_of(problem: Problem, storage: str = "dense", max_rank: int = 64) -> LoraPool:
     blocks = sum(-(-rank // 16) for rank in problem.ranks)
     pool = LoraPool(
-        problem.k, problem.slices, len(problem.ranks), blocks, max_rank=64, dtype=problem.a[0][0].dtype, storage=storage,
+        problem.k, problem.slices, len(problem.ranks), blocks, max_rank=max_rank, dtype=problem.a[0][0].dtype, storage=storage,
         device=problem.mapping.device,
     )  # fmt: skip
     for slot in range(len(problem.ranks)):

@@ -189,7 +189,34 @@ def _lora(rows: Sequence[Row], table: Table) -> str:
             listed = ", ".join(f"{d} {100 * v:+.1f} %" for d, v in sorted(sums.items(), key=lambda item: item[1]))
             taxes.append((tokens, adapters, listed))
     note = "A whole 8B layer with adapters at every site, over the base products by cuBLAS:"
-    return f"{text}\n{note}\n\n{table(('rows', 'adapters', 'cost of each design'), taxes)}\n"
+    return f"{text}\n{note}\n\n{table(('rows', 'adapters', 'cost of each design'), taxes)}\n{_limits(newest, table)}"
+
+
+def _limits(newest: Sequence[Row], table: Table) -> str:
+    """Padding of ranks, and plans on shapes that they were not chosen by; nothing where none was measured."""
+    body = [
+        (
+            r["part"],
+            r["site"],
+            r["T"],
+            r["adapters"],
+            r["ranks"],
+            f"{100 * r.get('cost', r.get('loss')):+.1f} %",
+            r.get("best", ""),
+        )
+        for r in newest
+        if r["part"] in ("max-rank", "held-out")
+    ]
+    header = (
+        "",
+        "site",
+        "rows",
+        "adapters",
+        "ranks",
+        "of rank 8 in pools up to 128 over up to 8; of the plan over the best",
+        "best",
+    )
+    return f"\n{table(header, body)}\n" if body else ""
 
 
 def _attention(rows: Sequence[Row], table: Table) -> str:

@@ -19,7 +19,7 @@ unset TRITON_INTERPRET
 
 parts=("$@")
 [[ $# -eq 0 || ${parts[0]} == all ]] && parts=(ceilings tests sanitizer gemm lora attention topk runner)
-declare -A weight=([ceilings]=8 [tests]=26 [sanitizer]=14 [gemm]=14 [lora]=16 [attention]=14 [topk]=12 [runner]=34 [tune]=24)
+declare -A weight=([ceilings]=6 [tests]=30 [sanitizer]=14 [gemm]=16 [lora]=18 [attention]=12 [topk]=12 [runner]=44 [tune]=24)
 total=0
 for part in "${parts[@]}"; do
   [[ -n ${weight[$part]:-} ]] || { echo "unknown part '$part'; parts are: all ${!weight[*]}" >&2; exit 2; }

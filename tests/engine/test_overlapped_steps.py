@@ -157,7 +157,7 @@ def test_what_a_done_step_brought_does_not_wait_for_another_engine(scripted: Any
     loop.submit(_generated("short", 2), short)
     began = time.perf_counter()
     assert short.done.wait(20)
-    assert time.perf_counter() - began < 2
+    assert time.perf_counter() - began < 4  # an engine gives way for 5 s
     loop.give_way = None
     assert long.done.wait(20)
 

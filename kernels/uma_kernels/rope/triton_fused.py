@@ -110,7 +110,7 @@ def norm_rope_write_kernel(
 
 def norm_rope(q: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, norm: HeadNorm | None) -> None:
     none = q[:, :0]
-    _launch(q, none, none, positions, table, none, none, None, (norm, None))
+    norm_rope_write(q, none, none, positions, table, none, none, None, (norm, None))
 
 
 def norm_rope_write(
@@ -121,23 +121,10 @@ def norm_rope_write(
     table: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    norms: tuple[HeadNorm | None, HeadNorm | None],
-) -> None:
-    _launch(q, k, v, positions, table, k_cache, v_cache, slot_mapping, norms)
-
-
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    table: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
     slots: torch.Tensor | None,
     norms: tuple[HeadNorm | None, HeadNorm | None],
 ) -> None:
+    """`slots`: None where there are no keys."""
     tokens, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     if not tokens or not heads + kv_heads:
